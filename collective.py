@@ -1,0 +1,1485 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the collective-states authors
+"""Initialise, reset, call, batch and restore every module of a JAX model at once.
+
+* A **state** is a `State` box that holds an array, or any pytree of arrays.
+* A **module** is an instance of `Module`. Its states and child modules are found in its
+  attributes, directly or inside lists, tuples and dicts at any depth.
+* A **path** is the tuple of names, keys and indices from the root to a state or a module:
+  ``('layers', 0, 'weight')``, also written ``'layers.0.weight'`` where a path is read.
+* A **state tree** is a `StateTree`: an immutable mapping from path to value, and a pytree.
+* A **member** is one model of an ensemble; the members lie along leading *mapped axes*.
+
+Pure functions take a module as a template, which they only read, and a state tree; they return
+a new tree, so they work inside ``jit``, ``grad``, ``vmap`` and ``scan``::
+
+    traverse(module)              -> iterator of (path, module), children before parents
+    snapshot(module)              -> state              restore(module, state) -> module
+    init(module, *args)           -> state              vmap_init(..., axis_size=n)
+    reset(module, state, *args)   -> state              vmap_reset(...)
+    apply(module, state, *args)   -> (output, state)    vmap_apply(...)
+    call_all(module, state, name) -> (outputs, state)   vmap_call_all(...)
+    partition(state, filter)      -> (matching, rest)   matching | rest -> state
+    where(mask, new, old)         -> state              flat_dict(state) -> {name: array}
+    stack(*states)                -> state              member(state, i) -> state
+    assign(state, *snapshots)     -> (state, unexpected, missing)
+
+In place: `call_all_fns`, `init_all_states`, `reset_all_states`, their ``vmap_`` forms and
+`assign_state_values`. The decorator `call_order` orders the calls of both families.
+
+>>> class Cell(Module):
+...     def __init__(self, size):
+...         self.weight = ParamState(0.5 * jnp.eye(size))        # one, shared by all members
+...     def init_state(self, *, key):
+...         self.h = HiddenState(jax.random.normal(key, (3,)))   # one for each member
+...     def update(self, x):
+...         self.h.value = jnp.tanh(self.weight.value @ self.h.value + x)
+...         return self.h.value
+>>> cell = Cell(3)
+>>> state = vmap_init(cell, axis_size=4, key=jax.random.key(0))
+>>> state
+path    kind         value         mapped
+h       HiddenState  float32[4,3]  1
+weight  ParamState   float32[3,3]  0
+>>> @jax.jit
+... def rollout(state, xs):                                      # xs: (time, member, 3)
+...     return jax.lax.scan(lambda state, x: vmap_apply(cell, state, x)[::-1], state, xs)
+>>> state, outputs = rollout(state, jnp.ones((10, 4, 3)))
+>>> outputs.shape, state['h'].shape
+((10, 4, 3), (4, 3))
+
+Needs Python >= 3.11 and jax >= 0.4.30; tested with jax 0.4.30, 0.10.2 and 0.12.0.1.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import hashlib
+import inspect
+import io
+import itertools
+import math
+import operator
+import reprlib
+import threading
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MAX_ORDER", "Assigned", "HiddenState", "LongTermState", "Module", "ParamState", "Path",
+    "ShortTermState", "State", "StateTree", "apply", "assign", "assign_state_values", "call_all",
+    "call_all_fns", "call_order", "flat_dict", "init", "init_all_states", "member", "partition",
+    "reset", "reset_all_states", "restore", "snapshot", "stack", "traverse", "vmap_apply",
+    "vmap_call_all", "vmap_call_all_fns", "vmap_init", "vmap_init_all_states", "vmap_reset",
+    "vmap_reset_all_states", "where",
+]
+
+Path = tuple[Hashable, ...]  # attribute names, dict keys and list indices, from the root
+Filter = Any  # a type, a tag, a predicate, `...`, None, or a list of these: see `_predicate`
+Key = Any  # one PRNG key, typed or legacy, or None
+Kwargs = Mapping[str, Any] | None  # keyword arguments of a method
+T = TypeVar("T")  # what comes back as it came: a module, or a list, tuple or dict of modules
+
+
+# ---- States and filters --------------------------------------------------------------------------
+
+
+class State:
+    """A box for one value of a module: an array, or any pytree of arrays.
+
+    `tag` is a label for filters; `mapped` counts the leading ensemble axes of the value.
+    Subclasses are kinds: filters select by them, and state trees record them.
+
+    >>> State({'bias': jnp.zeros(2)}, tag='slow')
+    State(bias float32[2])
+    """
+
+    def __init__(self, value: Any, *, tag: Hashable = None) -> None:
+        self.value = value
+        self.tag = tag
+        self.mapped = 0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({_described(self.value)})"
+
+
+class LongTermState(State):
+    """A state that outlives a sequence, such as a running statistic."""
+
+
+class ShortTermState(State):
+    """A state that belongs to one sequence."""
+
+
+class ParamState(LongTermState):
+    """A trainable parameter."""
+
+
+class HiddenState(ShortTermState):
+    """The hidden state of a recurrent cell."""
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def _in_order(paths: Iterable[Any]) -> list[Any]:
+    """Sort paths canonically: ints by number, then strings, then other keys by their repr."""
+    try:
+        return sorted(paths)  # the same order, and fast, where ints and strings never meet
+    except TypeError:
+        return sorted(paths, key=_rank)
+
+
+def _rank(path: Any) -> list[tuple[int, Any]]:
+    parts = path if isinstance(path, tuple) else (path,)
+    return [(0, part) if isinstance(part, int) else (1, part) if isinstance(part, str)
+            else (2, repr(part)) for part in parts]
+
+
+def _sites(things: Iterable[tuple[Path, Any]]) -> str:
+    """Where things are, for messages: "'layers.0' (Linear), 'layers.1' (Linear)"."""
+    kinds = {path: type(thing).__name__ for path, thing in things}
+    return ", ".join(f"{_dotted(path)!r} ({kinds[path]})" if path else f"the root ({kinds[path]})"
+                     for path in _in_order(kinds))
+
+
+def _leaves(value: Any, path: Path = ()) -> list[tuple[Path, Any]]:
+    """The leaves of a pytree with their paths, in the order in which JAX flattens it."""
+
+    def part(entry: Any) -> Hashable:  # of a dict, a sequence, an object with attributes
+        return getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry)))
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(value)
+    return [(path + tuple(map(part, keys)), leaf) for keys, leaf in flat]
+
+
+def _described(value: Any) -> str:
+    """Dtypes and shapes of a pytree: "bias float32[2], weight float32[4,2]"."""
+
+    def text(leaf: Any) -> str:
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            return type(leaf).__name__
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+    return ", ".join(f"{_dotted(path)} {text(leaf)}".strip() for path, leaf in _leaves(value))
+
+
+def _predicate(filter: Filter) -> Callable[[Path, Any], Any]:
+    """A filter as a function of a path and the state or module there."""
+    if filter is None or filter is ... or isinstance(filter, bool):
+        return lambda path, thing: bool(filter)
+    if isinstance(filter, type):
+        return lambda path, thing: isinstance(thing, filter)
+    if isinstance(filter, str):
+        return lambda path, thing: getattr(thing, "tag", None) == filter
+    if isinstance(filter, (list, tuple)):
+        any_of = [_predicate(each) for each in filter]
+        return lambda path, thing: any(each(path, thing) for each in any_of)
+    if callable(filter) and not isinstance(filter, Module):  # which is callable, but no filter
+        return filter
+    raise TypeError("a filter is a type, a tag (str), a callable (path, object) -> bool, `...`, "
+                    f"None, or a list or tuple of these; got {type(filter).__name__}")
+
+
+# ---- Modules and the walk ------------------------------------------------------------------------
+
+
+class Module:
+    """Base class of everything that holds states.
+
+    It has no ``__init__`` and no metaclass, and mixes into any class with a ``__dict__``,
+    dataclasses included. Override `init_state` and `reset_state`; define `update`.
+
+    >>> class Linear(Module):
+    ...     def __init__(self, size):
+    ...         self.size, self.weight = size, ParamState(jnp.ones((size, size)))
+    ...     def update(self, x):
+    ...         return x @ self.weight.value
+    >>> model = Module()
+    >>> model.layers = [Linear(2)]
+    >>> model
+    Module
+      layers: list
+        0: Linear
+          size: 2
+          weight: ParamState(float32[2,2])
+    >>> model.layers[0](jnp.ones(2)), list(model.states())
+    (Array([2., 2.], dtype=float32), [('layers', 0, 'weight')])
+    """
+
+    update: Callable[..., Any]
+
+    def init_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the states of this module; does nothing by default."""
+
+    def reset_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Set the states of this module back; does nothing by default."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.update(*args, **kwargs)
+
+    def states(self, filter: Filter = ...) -> dict[Path, State]:
+        """The live states that pass a filter, each once, under its first path."""
+        chosen = _predicate(filter)
+        return {path: state for path, state in _walk(self).states if chosen(path, state)}
+
+    def nodes(self, filter: Filter = ...) -> dict[Path, Module]:
+        """The modules that pass a filter, this one included, in the order of `traverse`."""
+        chosen = _predicate(filter)
+        return {path: node for path, node in _walk(self).modules if chosen(path, node)}
+
+    @reprlib.recursive_repr()
+    def __repr__(self) -> str:
+        lines: list[str] = []
+        shown: set[int] = set()
+        stack: list[tuple[int, str, Any]] = [(0, "", self)]
+        while stack:
+            depth, label, thing = stack.pop()
+            parts = list(_items(thing)) if isinstance(thing, _HOLDERS) else []
+            if isinstance(thing, Module) or any(isinstance(part, _WALKED) for _, part in parts):
+                known = id(thing) in shown
+                text = type(thing).__name__ + " (shown above)" * known
+                shown.add(id(thing))
+                stack += [(depth + 1, f"{name}: ", part) for name, part in parts[::-1] if not known]
+            elif isinstance(thing, State) or not hasattr(thing, "dtype"):
+                text = repr(thing) if isinstance(thing, State) else reprlib.repr(thing)
+            else:
+                text = _described(thing)
+            lines.append("  " * depth + label + text)
+        return "\n".join(lines)
+
+
+_HOLDERS = (Module, list, tuple, dict)
+_WALKED = (State, *_HOLDERS, types.MethodType)
+
+
+class _Graph(NamedTuple):
+    """What one walk finds: every object once, under the path by which it was met first."""
+
+    root: Any
+    modules: list[tuple[Path, Module]]  # children before parents
+    states: list[tuple[Path, State]]
+    containers: list[Any]  # lists, tuples and dicts
+    methods: list[types.MethodType]  # bound methods kept as attributes
+
+
+def _items(holder: Any) -> Iterable[tuple[Hashable, Any]]:
+    """The named parts of a module, list, tuple or dict, in definition order."""
+    if isinstance(holder, Module):
+        return vars(holder).items()
+    return holder.items() if isinstance(holder, dict) else enumerate(holder)
+
+
+def _walk(root: Any) -> _Graph:
+    """Walk a module, or a list, tuple or dict of modules, depth first and without recursion."""
+    parts = dict(_items(root)) if type(root) in (list, tuple, dict) else {"": root}
+    strays = [f"{type(part).__name__} {[name] if name != '' else ''}"
+              for name, part in parts.items() if not isinstance(part, _HOLDERS)]
+    if strays:
+        raise TypeError("expected a module, or a list, tuple or dict of modules; "
+                        f"got {', '.join(strays)}")
+    graph = _Graph(root, [], [], [], [])
+    seen = {id(root)}
+    path: Path = ()
+    stack = [(path, root, iter(_items(root)))]
+    while stack:
+        path, holder, items = stack[-1]
+        for name, child in items:
+            if not isinstance(child, _WALKED) or id(child) in seen:
+                continue
+            seen.add(id(child))
+            if isinstance(child, State):
+                graph.states.append((path + (name,), child))
+            elif isinstance(child, types.MethodType):
+                graph.methods.append(child)
+            else:
+                stack.append((path + (name,), child, iter(_items(child))))
+                break
+        else:
+            stack.pop()
+            if isinstance(holder, Module):
+                graph.modules.append((path, holder))
+            else:
+                graph.containers.append(holder)
+    return graph
+
+
+def traverse(module: Any) -> Iterator[tuple[Path, Module]]:
+    """Iterate over ``(path, module)``: each module once, children before parents.
+
+    Attributes count in definition order; a module goes by the first path that reaches it.
+
+    >>> model = Module()
+    >>> model.encoder = model.decoder = Module()
+    >>> [path for path, _ in traverse([model])]
+    [(0, 'encoder'), (0,)]
+
+    Raises `TypeError` for anything but a module, or a list, tuple or dict of modules.
+    """
+    return iter(_walk(module).modules)
+
+
+# ---- State trees ---------------------------------------------------------------------------------
+#
+# A tree holds its values in one tuple, in the canonical order of their paths, so that JAX flattens
+# it with one call. All else is static. Equal static parts are one object, so that treedefs compare
+# by identity: `_tree` looks an existing one up by its contents.
+
+_Entry = tuple[type[State], Hashable, int]  # kind, tag and mapped count of one state
+_Rows = dict[Path, tuple[_Entry, Any]]  # what a tree is built from: an entry and a value each
+
+
+class _Static:
+    """What all trees with the same states share."""
+
+    def __init__(self, paths: tuple[Path, ...], entries: tuple[_Entry, ...]) -> None:
+        self.paths = paths
+        self.entries = entries
+
+    @functools.cached_property
+    def found(self) -> dict[Path | str, list[int]]:
+        """Positions by path and by dotted name, which several paths may share."""
+        found: dict[Path | str, list[int]] = {}
+        for position, path in enumerate(self.paths):
+            found[path] = [position]
+            found.setdefault(_dotted(path), []).append(position)
+        return found
+
+
+_statics: weakref.WeakValueDictionary[Any, _Static] = weakref.WeakValueDictionary()
+_statics_lock = threading.RLock()  # or two threads could make two of the same
+
+
+def _tree(rows: _Rows) -> StateTree:
+    paths = tuple(_in_order(rows))
+    spec = paths, tuple([rows[path][0] for path in paths])
+    with _statics_lock:
+        static = _statics.get(spec)
+        if static is None:
+            static = _statics[spec] = _Static(*spec)
+    return _with_values(static, [rows[path][1] for path in paths])
+
+
+def _with_values(static: _Static, values: Iterable[Any]) -> StateTree:
+    tree = object.__new__(StateTree)
+    tree._static, tree._values = static, tuple(values)
+    return tree
+
+
+def _rows(tree: StateTree) -> _Rows:
+    if not isinstance(tree, StateTree):
+        raise TypeError(f"expected a StateTree, as of snapshot(module); got {type(tree).__name__}")
+    return dict(zip(tree._static.paths, zip(tree._static.entries, tree._values)))
+
+
+def _box(entry: _Entry, value: Any) -> State:
+    """A box made without its kind's ``__init__``, which may take anything."""
+    kind, tag, mapped = entry
+    box = object.__new__(kind)
+    box.value, box.tag, box.mapped = _fresh(value), tag, mapped
+    return box
+
+
+@functools.lru_cache
+def _is_array_type(kind: type) -> bool:
+    return issubclass(kind, jax.Array)  # cached, since this takes 0.5 us, once for each state
+
+
+def _fresh(value: Any, leaf: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
+    """A value in new containers, so that changes in place do not reach the original."""
+    return value if _is_array_type(type(value)) else jax.tree.map(leaf, value)
+
+
+def _as_array(leaf: Any) -> Any:
+    """NumPy arrays and numbers as JAX arrays: copies, which `jnp.asarray` need not make."""
+    return leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
+
+
+class StateTree(Mapping[Path, Any]):
+    """An immutable mapping from path to value, and a JAX pytree whose leaves are the arrays.
+
+    ``StateTree(mapping)`` takes a mapping from path, or dotted name, to `State`. Containers are
+    copied and NumPy arrays become JAX arrays, so no later change in place reaches the tree. Paths
+    come in a canonical order; they, the kinds, tags and mapped counts are static (treedef). Trees
+    compare and hash by identity. ``a | b`` is the union, in which ``b`` wins.
+
+    >>> a = StateTree({'layers.0.weight': ParamState(jnp.ones((2, 3)))})
+    >>> b = a | StateTree({'layers.0.h': HiddenState({'v': jnp.zeros(3)})})
+    >>> b
+    path             kind         value         mapped
+    layers.0.h       HiddenState  v float32[3]  0
+    layers.0.weight  ParamState   float32[2,3]  0
+    >>> jax.tree.map(jnp.shape, b)['layers', 0, 'weight']
+    (2, 3)
+
+    Raises `TypeError` for a path, a box or a leaf of another type. A look-up raises `KeyError` if
+    no state has the path, or if several share the dotted name.
+    """
+
+    __slots__ = ("_static", "_values", "__weakref__")
+    _static: _Static
+    _values: tuple[Any, ...]
+
+    def __init__(self, states: Mapping[Any, State]) -> None:
+        rows: _Rows = {}
+        for path, box in states.items():
+            if isinstance(path, str):
+                path = tuple(int(part) if part.isdecimal() else part for part in path.split("."))
+            if not isinstance(path, tuple) or not isinstance(box, State):
+                raise TypeError("expected a tuple path, or a dotted name, and a State; "
+                                f"got {path!r} and {type(box).__name__}")
+            try:
+                rows[path] = (type(box), box.tag, box.mapped), _fresh(box.value, _as_array)
+            except TypeError as error:
+                raise TypeError(f"no array in {_sites([(path, box)])}: {error}") from error
+        tree = _tree(rows)
+        self._static, self._values = tree._static, tree._values
+
+    def __getitem__(self, path: Path | str) -> Any:
+        found = self._static.found.get(path, [])
+        if len(found) == 1:
+            return _fresh(self._values[found[0]])
+        if found:
+            paths = [self._static.paths[position] for position in found]
+            raise KeyError(f"several states are named {path!r}; look up one of the paths {paths}")
+        names = map(_dotted, self._static.paths)
+        name = path if isinstance(path, str) else _dotted(path)
+        raise KeyError(f"no state {name!r}; the closest: {difflib.get_close_matches(name, names, cutoff=0)}")
+
+    def __contains__(self, path: object) -> bool:
+        return len(self._static.found.get(path, [])) == 1  # type: ignore[call-overload]
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self._static.paths)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __or__(self, other: StateTree) -> StateTree:
+        return _tree(_rows(self) | _rows(other)) if isinstance(other, StateTree) else NotImplemented
+
+    def __reduce__(self) -> Any:
+        return _tree, (_rows(self),)
+
+    def __repr__(self) -> str:
+        table = [("path", "kind", "value", "mapped")] + [
+            (_dotted(path), kind.__name__, _described(value), str(mapped))
+            for path, ((kind, _, mapped), value) in _rows(self).items()]
+        widths = [max(map(len, column)) for column in zip(*table)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
+
+    def states(self) -> dict[Path, State]:
+        """Fresh boxes with the kinds, tags, mapped counts and values of this tree."""
+        return {path: _box(*row) for path, row in _rows(self).items()}
+
+
+def _with_keys(tree: StateTree) -> tuple[list[Any], _Static]:
+    names = map(_dotted, tree._static.paths)
+    return list(zip(map(jax.tree_util.DictKey, names), tree._values)), tree._static
+
+
+jax.tree_util.register_pytree_with_keys(
+    StateTree, _with_keys, _with_values, operator.attrgetter("_values", "_static"))
+
+
+def _tree_leaves(state: StateTree) -> list[tuple[Path, Any]]:
+    """The leaves of a tree with full paths, in the order in which JAX flattens it."""
+    return [leaf for path, (_, value) in _rows(state).items() for leaf in _leaves(value, path)]
+
+
+def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
+    """Split a tree into ``(matching, rest)``; ``matching | rest`` is the whole again.
+
+    A callable filter is given each path with a fresh `State` box.
+
+    >>> whole = StateTree({'w': ParamState(jnp.ones(2)), 'h': HiddenState(jnp.zeros(2))})
+    >>> params, rest = partition(whole, ParamState)
+    >>> list(params), list(rest)
+    ([('w',)], [('h',)])
+    >>> jax.grad(lambda params: jnp.sum((params | rest)['w'] ** 2))(params)['w']
+    Array([2., 2.], dtype=float32)
+    """
+    chosen = _predicate(filter)
+    matching, rest = {}, {}
+    for path, row in _rows(state).items():
+        (matching if chosen(path, _box(*row)) else rest)[path] = row
+    return _tree(matching), _tree(rest)
+
+
+def flat_dict(state: StateTree) -> dict[str, Any]:
+    """All leaves by dotted name, as npz and safetensors want them; typed keys as their data.
+
+    >>> tree = StateTree({'layers.0': ParamState({'bias': jnp.zeros(2), 'weight': jnp.ones(2)})})
+    >>> list(flat_dict(tree))
+    ['layers.0.bias', 'layers.0.weight']
+
+    Raises `ValueError` if two leaves share one dotted name.
+    """
+    flat: dict[str, Any] = {}
+    paths: dict[str, Path] = {}
+    for path, leaf in _tree_leaves(state):
+        name = _dotted(path)
+        if name in flat:
+            raise ValueError(f"{paths[name]} and {path} share one dotted name; rename one of them")
+        flat[name], paths[name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf, path
+    return flat
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
+    """A tree with ``new`` where ``mask`` holds and ``old`` elsewhere, per leading axes.
+
+    A mask of shape ``(n,)`` chooses along the first axis of each leaf: among the members of an
+    ensemble, or the episodes of a batch. Leaves that are the same object in both trees, such as
+    parameters that a reset leaves alone, are kept, whatever their shape.
+
+    >>> old = StateTree({'h': HiddenState(jnp.ones((2, 3)))})
+    >>> where(jnp.array([True, False]), jax.tree.map(jnp.zeros_like, old), old)['h']
+    Array([[0., 0., 0.],
+           [1., 1., 1.]], dtype=float32)
+
+    Raises `ValueError` if the trees differ in more than their values, or if a leaf that differs
+    does not lead with the axes of the mask.
+    """
+    _check_alike(new, old)
+    mask = jnp.asarray(mask)
+    unfit = [f"{_dotted(path)!r} is {_described(leaf)}"
+             for (path, leaf), fresh in zip(_tree_leaves(old), jax.tree.leaves(new))
+             if leaf is not fresh and leaf.shape[:mask.ndim] != mask.shape]
+    if unfit:
+        raise ValueError(f"the mask leads with {mask.shape}, but {', '.join(unfit)}")
+
+    def choose(fresh: Any, leaf: Any) -> Any:
+        aligned = jnp.expand_dims(mask, range(mask.ndim, leaf.ndim)) if leaf is not fresh else None
+        return leaf if aligned is None else jnp.where(aligned, fresh, leaf)
+
+    return jax.tree.map(choose, new, old)
+
+
+def _check_alike(*states: StateTree) -> None:
+    """Raise unless all trees have the same states, with leaves of the same shapes and dtypes."""
+    first, *others = [{path: (entry, jax.tree.structure(value), _described(value))
+                       for path, (entry, value) in _rows(state).items()} for state in states]
+    unlike = {path for other in others for path in first | other
+              if first.get(path) != other.get(path)}
+    if unlike:
+        names = ", ".join(repr(_dotted(path)) for path in _in_order(unlike))
+        raise ValueError(f"the trees differ in states, kinds, tags, mapped counts, shapes or dtypes "
+                         f"at {names}; only their values may differ")
+
+
+# ---- Copy, snapshot, restore ---------------------------------------------------------------------
+
+
+def snapshot(module: Any) -> StateTree:
+    """The states of a module as a tree, each shared state once, under its first path.
+
+    >>> model = Module()
+    >>> model.w = ParamState(np.ones(2, np.float32))
+    >>> tree = snapshot(model)
+    >>> model.w.value[:] = 7
+    >>> tree['w']
+    Array([1., 1.], dtype=float32)
+    """
+    return StateTree(dict(_walk(module).states))
+
+
+def restore(module: T, state: StateTree) -> T:
+    """Write a tree's values back into a module, in place, and return the module.
+
+    States that the tree lacks keep their values; states that the module lacks are created.
+
+    >>> model = Module()
+    >>> model.w = ParamState(jnp.zeros(2))
+    >>> restore(model, jax.tree.map(jnp.ones_like, snapshot(model))).w.value
+    Array([1., 1.], dtype=float32)
+    """
+    _fill(module, dict(_walk(module).states), state)
+    return module
+
+
+def _fill(root: Any, boxes: Mapping[Path, State], state: StateTree) -> list[tuple[Path, State]]:
+    """Write a tree into the boxes of a graph, attach what it has beyond them; return all boxes."""
+    filled, beyond = [], []
+    for path, (entry, value) in _rows(state).items():
+        box = boxes.get(path)
+        if box is None:
+            box = _box(entry, value)
+            beyond.append((path, box))
+        else:
+            kind, box.tag, box.mapped = entry
+            box.value = _fresh(value)
+            if type(box) is not kind:
+                box.__class__ = kind  # rather than a new box, which other references would miss
+        filled.append((path, box))
+    _attach(root, beyond)
+    return filled
+
+
+def _attach(root: Any, boxes: Iterable[tuple[Path, State]]) -> None:
+    """Put boxes at their paths, through new lists and dicts where the graph has none."""
+    made = []
+    for path, box in boxes:
+        holder = root
+        for step, following in itertools.pairwise(path):
+            child = _part(holder, step)
+            if isinstance(child, tuple) and not isinstance(_part(child, following), _HOLDERS):
+                child = _put(holder, step, list(child))  # since it is about to be changed
+            elif isinstance(child, list) > isinstance(following, int) or not isinstance(child, _HOLDERS):
+                child = _put(holder, step, {})
+                made.append((holder, step, child))
+            holder = child
+        _put(holder, path[-1], box)
+    for holder, step, child in reversed(made):  # inner ones first
+        if list(child) == list(range(len(child))):
+            _put(holder, step, list(child.values()))
+
+
+def _part(holder: Any, step: Any) -> Any:
+    """What a module or container has under one step of a path, or None."""
+    if isinstance(holder, (list, tuple)):
+        return holder[step] if isinstance(step, int) and 0 <= step < len(holder) else None
+    return (vars(holder) if isinstance(holder, Module) else holder).get(step)
+
+
+def _put(holder: Any, step: Any, thing: T) -> T:
+    if isinstance(holder, list):
+        holder += [None] * (step + 1 - len(holder))
+    (vars(holder) if isinstance(holder, Module) else holder)[step] = thing
+    return thing
+
+
+class _Copy(NamedTuple):
+    """A private copy of a module graph, filled from a state tree."""
+
+    root: Any
+    nodes: dict[int, Any]  # the copy of each object, by the id of the original
+    boxes: list[tuple[Path, State]]
+
+
+def _copied(graph: _Graph, state: StateTree) -> _Copy:
+    """Copy a graph, sharing all but modules, states, lists, dicts and tuples, and fill the copy.
+
+    Raises `ValueError` listing the states of the graph that the tree lacks.
+    """
+    rows = _rows(state)
+    lacking = [(path, box) for path, box in graph.states if path not in rows]
+    if lacking:
+        raise ValueError(f"the state tree lacks {_sites(lacking)}, which the module has; "
+                         "pass the whole tree, such as `params | rest`")
+    nodes: dict[int, Any] = {}
+    parts = []  # the dicts and lists whose parts are to be swapped, with their copies
+    for _, original in itertools.chain(graph.modules, graph.states):
+        twin = nodes[id(original)] = object.__new__(type(original))
+        parts.append((vars(original), vars(twin)))
+    for original in graph.containers:
+        if not isinstance(original, tuple):
+            twin = nodes[id(original)] = copy.copy(original)
+            parts.append((original, twin))
+    for bound in graph.methods:
+        if id(bound.__self__) in nodes:
+            nodes[id(bound)] = types.MethodType(bound.__func__, nodes[id(bound.__self__)])
+    _copy_tuples([part for part in graph.containers if isinstance(part, tuple)], nodes)
+    swap = nodes.get  # what was not copied stands for itself
+    for original, twin in parts:
+        if isinstance(original, list):
+            twin[:] = [swap(id(part), part) for part in original]
+        else:
+            twin.update({name: swap(id(part), part) for name, part in original.items()})
+    root = nodes[id(graph.root)]
+    return _Copy(root, nodes, _fill(root, {path: nodes[id(box)] for path, box in graph.states}, state))
+
+
+def _copy_tuples(tuples: list[tuple[Any, ...]], nodes: dict[int, Any]) -> None:
+    """Add the copies of tuples, whose parts must be there first; without copied parts, they stay."""
+    for original in tuples:
+        if any(isinstance(part, tuple) and id(part) not in nodes for part in original):
+            tuples.append(original)  # to come again, after the tuples in it
+            continue
+        twin = [nodes.get(id(part), part) for part in original]
+        same = all(map(operator.is_, twin, original))
+        nodes[id(original)] = original if same else tuple.__new__(type(original), twin)
+
+
+# ---- The call engine -----------------------------------------------------------------------------
+#
+# A call is planned on the modules as they are (`_plan`) and then run (`_run`): on these modules, on
+# a copy of them, or on a copy inside `jax.vmap`. Nothing runs unless the whole plan stands.
+
+MAX_ORDER = 10
+
+
+def call_order(level: int = 0, check_order_boundary: bool = True) -> Callable[[T], T]:
+    """Decorate a method to run at a level: after all undecorated ones, lower levels first.
+
+    >>> class Buffer(Module):
+    ...     @call_order(1)
+    ...     def reset_state(self): ...
+    >>> Buffer.reset_state.call_order
+    1
+
+    Raises `TypeError` unless the level is an int, and `ValueError` unless it lies in
+    ``[0, MAX_ORDER)`` or ``check_order_boundary=False``.
+    """
+    if not isinstance(level, int) or isinstance(level, bool):
+        raise TypeError(f"call_order takes an int, as in @call_order(1); got {level!r}")
+    if check_order_boundary and not 0 <= level < MAX_ORDER:
+        raise ValueError(f"call_order takes a level in [0, {MAX_ORDER}); got {level}")
+
+    def decorate(method: T) -> T:
+        setattr(method, "call_order", level)
+        return method
+
+    return decorate
+
+
+class _Plan(NamedTuple):
+    """A call that passed every check: a method, what it is given, and where it runs, in order."""
+
+    fn_name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    key: Key
+    steps: list[tuple[float, Path, Module, bool]]  # level, node, whether the method takes a key
+
+
+def _plan(nodes: Iterable[tuple[Path, Module]], fn_name: str, args: Any = (), kwargs: Kwargs = None,
+          node_to_exclude: Filter = None, fn_if_not_exist: str = "raise", key: Key = None) -> _Plan:
+    """Check all that can be checked before the first method runs."""
+    if not isinstance(fn_name, str) or not isinstance(kwargs, (Mapping, type(None))):
+        raise TypeError("expected the name of a method and a mapping of keyword arguments; "
+                        f"got {fn_name!r} and {type(kwargs).__name__}")
+    if fn_if_not_exist not in ("raise", "warn", "pass", "none"):
+        raise ValueError(f"fn_if_not_exist is 'raise', 'warn' or 'pass'; got {fn_if_not_exist!r}")
+    plan = _Plan(fn_name, args if isinstance(args, tuple) else (args,), kwargs or {}, key, [])
+    _check_key(plan)
+    excluded = _predicate(node_to_exclude)
+    absent, uncallable, keyless = [], [], []
+    uses: dict[int, Any] = {}  # by function, so that one look serves all nodes that share it
+    for path, node in nodes:
+        if excluded(path, node):
+            continue
+        method = getattr(node, fn_name, absent)
+        function = getattr(method, "__func__", method)
+        if id(function) not in uses:
+            uses[id(function)] = (*_use(method, plan), function)
+        level, takes_key, lacks_key, _ = uses[id(function)]
+        plan.steps.append((level, path, node, takes_key))
+        if method is absent:
+            absent.append(plan.steps.pop()[1:3])
+        elif not callable(method):
+            uncallable.append((path, node))
+        elif lacks_key:
+            keyless.append((path, node))
+    if uncallable:
+        raise TypeError(f"{fn_name!r} is an attribute, but no method, of {_sites(uncallable)}")
+    if keyless:
+        raise TypeError(f"{fn_name!r} requires a key on {_sites(keyless)}; "
+                        "pass key=jax.random.key(0)")
+    if absent and fn_if_not_exist in ("raise", "warn"):
+        message = (f"no method {fn_name!r} on {_sites(absent)}; define it, exclude these nodes with "
+                   "node_to_exclude, or pass fn_if_not_exist='pass'")
+        if fn_if_not_exist == "raise":
+            raise AttributeError(message)
+        warnings.warn(message, stacklevel=3)
+    plan.steps.sort(key=operator.itemgetter(0))  # stable
+    return plan
+
+
+def _check_key(plan: _Plan) -> None:
+    if plan.key is None:
+        return
+    typed, legacy = _is_key(plan.key), getattr(plan.key, "dtype", None) == np.uint32
+    if not (typed or legacy) or np.ndim(plan.key) != legacy:
+        raise TypeError(f"key= is one PRNG key, as of jax.random.key(0); got {_described(plan.key)}")
+    if "key" in plan.kwargs:
+        raise TypeError("a key came both as key=, which gives each node its own, and in kwargs=, "
+                        "which gives all nodes the same; pass one of them")
+
+
+def _use(method: Any, plan: _Plan) -> tuple[float, bool, bool]:
+    """The level of a method, whether it takes a key, and whether it lacks one that it requires."""
+    level = getattr(method, "call_order", -math.inf)
+    try:
+        parameters = list(inspect.signature(method).parameters.values())
+    except (TypeError, ValueError):  # no method, or a builtin that does not tell
+        return level, False, False
+    for position, parameter in enumerate(parameters):
+        by_position = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if parameter.name == "key" and (by_position or parameter.kind is parameter.KEYWORD_ONLY):
+            given = "key" in plan.kwargs or (by_position and position < len(plan.args))
+            required = parameter.default is parameter.empty and not given
+            return level, True, required and plan.key is None
+    return level, any(each.kind is each.VAR_KEYWORD for each in parameters), False
+
+
+def _run(plan: _Plan, copies: Mapping[int, Any] | None = None) -> dict[Path, Any]:
+    """Run a plan on its nodes, or on copies of them: outputs by path, without None."""
+    outputs = {}
+    fn_name, args, kwargs, key, steps = plan
+    for _, path, node, takes_key in steps:
+        try:
+            method = getattr(node if copies is None else copies[id(node)], fn_name)
+            if takes_key and key is not None:
+                output = method(*args, **kwargs, key=_node_key(key, path))
+            else:
+                output = method(*args, **kwargs)
+        except Exception as error:
+            error.add_note(f"raised by {fn_name!r} of {_sites([(path, node)])}")
+            raise
+        if output is not None:
+            outputs[path] = output
+    return outputs
+
+
+def _node_key(key: Key, path: Path) -> Key:
+    """The key of a node: a matter of its path alone, in every process, unlike `hash`."""
+    digest = hashlib.blake2b(repr(_rank(path)).encode(), digest_size=8).digest()
+    return _fold_in(key, np.frombuffer(digest, "<u4").astype(np.uint32))
+
+
+@jax.jit
+def _fold_in(key: Key, words: Any) -> Key:
+    return jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
+
+
+@contextmanager
+def _axes_kept(boxes: Iterable[tuple[Path, State]], fn_name: str) -> Iterator[None]:
+    """Raise if what runs meanwhile changes the mapped axes of a box."""
+
+    def axes(box: State, mapped: int) -> set[tuple[int, ...]]:
+        return {np.shape(leaf)[:mapped] for leaf in jax.tree.leaves(box.value)}
+
+    before = [(path, box, box.mapped, axes(box, box.mapped)) for path, box in boxes if box.mapped]
+    yield
+    changed = [(path, box) for path, box, mapped, old in before if not axes(box, mapped) <= old]
+    if changed:
+        pure = {"init_state": "vmap_init", "reset_state": "vmap_reset"}.get(fn_name)
+        forms = f"{pure} or {pure}_all_states" if pure else "vmap_apply or vmap_call_all(_fns)"
+        raise ValueError(f"{fn_name!r} ran once for all members and changed the leading axes of "
+                         f"{_sites(changed)}; run it once per member, with {forms}")
+
+
+def _states_after(clone: _Copy) -> dict[Path, State]:
+    """The states of a copy on which methods ran; `ValueError` if they created modules."""
+    graph = _walk(clone.root)
+    known = {id(node) for node in clone.nodes.values()}
+    created = [(path, node) for path, node in graph.modules if id(node) not in known]
+    if created:
+        raise ValueError(f"the call created modules, which no state tree can hold: "
+                         f"{_sites(created)}; create modules in __init__, states in init_state")
+    return dict(graph.states)
+
+
+# ---- Pure calls ----------------------------------------------------------------------------------
+
+
+def apply(module: Module, state: StateTree, *args: Any, method: str = "__call__",
+          **kwargs: Any) -> tuple[Any, StateTree]:
+    """Call one method of the root module: ``(output, state)``, with a new tree.
+
+    >>> counter = Module()
+    >>> counter.count = State(jnp.array(1))
+    >>> counter.__class__ = type('Counter', (Module,), {'update': lambda self, by: by})
+    >>> apply(counter, snapshot(counter), 5)[0]
+    5
+
+    Raises `ValueError` if the tree lacks a state of the module, if the method creates modules,
+    or if it changes the leading axes of a mapped state.
+    """
+    graph = _walk(module)
+    outputs, state = _run_once(graph, state, _plan(_root_of(graph), method, args, kwargs))
+    return outputs.get(()), state
+
+
+def _root_of(graph: _Graph) -> list[tuple[Path, Module]]:
+    if not isinstance(graph.root, Module):
+        raise TypeError(f"expected one module to call, got a {type(graph.root).__name__}; "
+                        "for several, use call_all or vmap_call_all")
+    return graph.modules[-1:]
+
+
+def _run_once(graph: _Graph, state: StateTree, plan: _Plan) -> tuple[dict[Path, Any], StateTree]:
+    clone = _copied(graph, state)
+    with _axes_kept(clone.boxes, plan.fn_name):
+        outputs = _run(plan, clone.nodes)
+    return outputs, StateTree(_states_after(clone))
+
+
+def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs: Kwargs = None, *,
+             node_to_exclude: Filter = None, fn_if_not_exist: str = "raise",
+             key: Key = None) -> tuple[dict[Path, Any], StateTree]:
+    """Call a method on every node: ``(outputs, state)``, with outputs by path and a new tree.
+
+    Outputs come in call order, without those that are None. With ``key``, each node whose method
+    has a parameter ``key``, or takes ``**kwargs``, gets a key of its own, made of ``key`` and the
+    node's path alone. ``fn_if_not_exist`` is 'raise', 'warn' or 'pass' (or 'none').
+
+    >>> class Layer(Module):
+    ...     def norm(self, power):
+    ...         return jnp.sum(self.w.value ** power)
+    >>> layer = Layer()
+    >>> layer.w = ParamState(jnp.ones(3))
+    >>> call_all([layer], snapshot([layer]), 'norm', 2)[0]
+    {(0,): Array(3., dtype=float32)}
+
+    Raises, before any method runs: `AttributeError` for a missing method; `TypeError` for an
+    attribute that is no method, for a bad filter, and for a method that requires a key when none
+    is given; `ValueError` for a bad policy, and for a tree that lacks a state of the module. Also
+    raises what `apply` raises. An exception of a method gains a note that says which.
+    """
+    graph = _walk(module)
+    plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
+    return _run_once(graph, state, plan)
+
+
+def init(module: Any, *args: Any, node_to_exclude: Filter = None, key: Key = None,
+         **kwargs: Any) -> StateTree:
+    """Call ``init_state`` on every node, starting from ``snapshot(module)``: a new tree.
+
+    Raises what `call_all` raises.
+
+    >>> class Cell(Module):
+    ...     def init_state(self, size, key):
+    ...         self.h = HiddenState(jax.random.normal(key, (size,)))
+    >>> init([Cell(), Cell()], 3, key=jax.random.key(0))
+    path  kind         value       mapped
+    0.h   HiddenState  float32[3]  0
+    1.h   HiddenState  float32[3]  0
+    """
+    return call_all(module, snapshot(module), "init_state", args, kwargs,
+                    node_to_exclude=node_to_exclude, key=key)[1]
+
+
+def reset(module: Any, state: StateTree, *args: Any, node_to_exclude: Filter = None,
+          key: Key = None, **kwargs: Any) -> StateTree:
+    """Call ``reset_state`` on every node: a new tree. Raises what `call_all` raises.
+
+    >>> class Cell(Module):
+    ...     def reset_state(self):
+    ...         self.h.value = jnp.zeros(2)
+    >>> reset(Cell(), StateTree({'h': HiddenState(jnp.ones(2))}))['h']
+    Array([0., 0.], dtype=float32)
+    """
+    return call_all(module, state, "reset_state", args, kwargs,
+                    node_to_exclude=node_to_exclude, key=key)[1]
+
+
+# ---- Vmapped calls -------------------------------------------------------------------------------
+
+
+def vmap_apply(module: Module, state: StateTree, *args: Any, in_axes: Any = 0,
+               axis_size: int | None = None, method: str = "__call__",
+               **kwargs: Any) -> tuple[Any, StateTree]:
+    """Call one method of the root module once per member: ``(outputs, state)``, with a new tree.
+
+    Positional arguments are mapped by ``in_axes``, as in `jax.vmap`. Keyword arguments are shared
+    by all members: pass the members' keys by position. Outputs are ``(axis_size, *shape)``.
+
+    >>> class Scale(Module):
+    ...     def update(self, x):
+    ...         return self.factor.value * x
+    >>> state = stack(*(StateTree({'factor': ParamState(jnp.array(i))}) for i in range(3)))
+    >>> vmap_apply(Scale(), state, 10, in_axes=None)[0]
+    Array([ 0, 10, 20], dtype=int32)
+
+    Raises what `apply` and `vmap_call_all` raise.
+    """
+    graph = _walk(module)
+    plan = _plan(_root_of(graph), method, args, kwargs)
+    outputs, state = _run_members(graph, state, plan, axis_size, in_axes)
+    return outputs.get(()), state
+
+
+def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs: Kwargs = None,
+                  *, axis_size: int | None = None, in_axes: Any = None,
+                  node_to_exclude: Filter = None, state_to_exclude: Filter = None,
+                  state_tag: Hashable = None, fn_if_not_exist: str = "raise",
+                  key: Key = None) -> tuple[dict[Path, Any], StateTree]:
+    """Call a method on every node, once per member: ``(outputs, state)``, with a new tree.
+
+    Mapped states are seen one member at a time. The others, and those that match
+    ``state_to_exclude``, are shared by all. A state created during the call gains an axis of
+    ``axis_size``, by default the size of the mapped states, and the tag ``state_tag`` if it has
+    none. ``in_axes`` maps ``args``, as in `jax.vmap`; by default they are shared. Member ``i``
+    sees the key ``jax.random.split(key, axis_size)[i]``. Outputs are ``(axis_size, *shape)``.
+
+    >>> class Noise(Module):
+    ...     def draw(self, scale, key):
+    ...         return scale * jax.random.normal(key, (2,))
+    >>> outputs, _ = vmap_call_all([Noise()], StateTree({}), 'draw', 0.1,
+    ...                            axis_size=5, key=jax.random.key(0))
+    >>> outputs[0,].shape
+    (5, 2)
+
+    Raises what `call_all` raises, and `ValueError` for an ``axis_size`` that is no positive
+    integer, or at odds with a mapped state, or None when there is none, and for a shared state
+    that ends up different per member.
+    """
+    graph = _walk(module)
+    plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
+    return _run_members(graph, state, plan, axis_size, in_axes, state_to_exclude, state_tag)
+
+
+def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | None, in_axes: Any,
+                 state_to_exclude: Filter = None, state_tag: Hashable = None,
+                 ) -> tuple[dict[Path, Any], StateTree]:
+    """Run a plan under one `jax.vmap`, on a copy that lives inside it."""
+    excluded = _predicate(state_to_exclude)
+    mapped, shared = partition(state, lambda path, box: box.mapped and not excluded(path, box))
+    size = _members(mapped, axis_size)
+    keys = None if plan.key is None else jax.random.split(plan.key, size)
+    output_paths: list[Path] = []
+
+    def run_member(index: Any, key: Key, mapped: StateTree, args: Any) -> tuple[Any, ...]:
+        clone = _copied(graph, mapped | shared)
+        with _axes_kept(clone.boxes, plan.fn_name):
+            outputs = _run(plan._replace(args=args, key=key), clone.nodes)
+        output_paths.extend(outputs)
+        is_mapped = {id(box): path in mapped for path, box in clone.boxes}
+        own, common = {}, {}
+        for path, box in _states_after(clone).items():
+            if id(box) not in is_mapped and box.tag is None:
+                box.tag = state_tag
+            per_member = is_mapped.get(id(box), not excluded(path, box))
+            (own if per_member else common)[path] = box
+        return list(outputs.values()), StateTree(own), _same_for_all(index, StateTree(common))
+
+    outputs, own, common = jax.vmap(
+        run_member, in_axes=(0, 0, 0, in_axes), out_axes=(0, 0, None), axis_size=size
+    )(jnp.arange(size), keys, _with_axes(mapped, -1), plan.args)
+    return dict(zip(output_paths, outputs)), _with_axes(own, +1) | common
+
+
+def _members(mapped: StateTree, axis_size: Any = None) -> int:
+    """The number of members that an argument and the mapped states agree on."""
+    sizes = {path: np.shape(leaf)[:1] for path, leaf in _tree_leaves(mapped)}
+    if axis_size is None and not sizes:
+        raise ValueError("no state is mapped that could tell the number of members; pass axis_size=")
+    size = next(iter(sizes.values()))[0] if axis_size is None else axis_size
+    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"axis_size is a positive integer; got {size!r}")
+    odd = [f"{_dotted(path)!r} {shape}" for path, shape in sizes.items() if shape != (size,)]
+    if odd:
+        raise ValueError(f"{size} members are at odds with the mapped axis of {', '.join(odd)}")
+    return int(size)
+
+
+def _with_axes(state: StateTree, count: int) -> StateTree:
+    """The same values, said to have so many more mapped axes."""
+    return _tree({path: ((kind, tag, mapped + count), value)
+                  for path, ((kind, tag, mapped), value) in _rows(state).items()})
+
+
+def _same_for_all(index: Any, common: StateTree) -> StateTree:
+    """Return shared states as they are; `ValueError` if they differ along the vmapped ``index``.
+
+    JAX tells the batching rule of a function which operands differ. It runs the rule for the
+    innermost vmap that any operand depends on, so ``index`` makes that the one meant here.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def unchanged(index: Any, common: StateTree) -> StateTree:
+        return common
+
+    @unchanged.def_vmap
+    def check(size: int, batched: Any, index: Any, common: StateTree) -> tuple[StateTree, Any]:
+        unlike = [(path, box) for path, box in common.states().items()
+                  if any(jax.tree.leaves(batched[1][path]))]
+        if unlike:
+            raise ValueError(f"shared states ended up different per member: {_sites(unlike)}; "
+                             "create them in init_state under a vmapped call, which gives each "
+                             "member its own, or make their values the same for all members")
+        return common, batched[1]
+
+    return unchanged(index, common)
+
+
+def vmap_init(module: Any, *args: Any, axis_size: int, in_axes: Any = None,
+              node_to_exclude: Filter = None, state_to_exclude: Filter = None,
+              state_tag: Hashable = None, key: Key = None, **kwargs: Any) -> StateTree:
+    """`init` for ``axis_size`` members: what ``init_state`` creates is ``(axis_size, *shape)``.
+
+    What ``__init__`` created is shared. Returns a new tree; raises what `vmap_call_all` raises.
+
+    >>> class Cell(Module):
+    ...     def init_state(self, key):
+    ...         self.h = HiddenState(jax.random.normal(key, (3,)))
+    >>> vmap_init(Cell(), axis_size=4, key=jax.random.key(0))
+    path  kind         value         mapped
+    h     HiddenState  float32[4,3]  1
+    """
+    return vmap_call_all(
+        module, snapshot(module), "init_state", args, kwargs, axis_size=axis_size, in_axes=in_axes,
+        node_to_exclude=node_to_exclude, state_to_exclude=state_to_exclude, state_tag=state_tag,
+        key=key)[1]
+
+
+def vmap_reset(module: Any, state: StateTree, *args: Any, axis_size: int | None = None,
+               in_axes: Any = None, node_to_exclude: Filter = None, state_to_exclude: Filter = None,
+               state_tag: Hashable = None, key: Key = None, **kwargs: Any) -> StateTree:
+    """`reset` of every member of an ensemble: a new tree. Raises what `vmap_call_all` raises.
+
+    >>> class Cell(Module):
+    ...     def reset_state(self):
+    ...         self.h.value = jnp.zeros(2)  # the shape of one member
+    >>> single = StateTree({'h': HiddenState(jnp.ones(2))})
+    >>> vmap_reset(Cell(), stack(single, single))['h'].shape
+    (2, 2)
+    """
+    return vmap_call_all(
+        module, state, "reset_state", args, kwargs, axis_size=axis_size, in_axes=in_axes,
+        node_to_exclude=node_to_exclude, state_to_exclude=state_to_exclude, state_tag=state_tag,
+        key=key)[1]
+
+
+def stack(*states: StateTree) -> StateTree:
+    """One ensemble of single trees, each leaf ``(len(states), *shape)`` and counted as mapped.
+
+    >>> single = StateTree({'h': HiddenState(jnp.zeros(3))})
+    >>> stack(single, single)
+    path  kind         value         mapped
+    h     HiddenState  float32[2,3]  1
+
+    Raises `ValueError` without trees, or if they differ in more than their values.
+    """
+    if not states:
+        raise ValueError("stack takes at least one state tree")
+    _check_alike(*states)
+    return _with_axes(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), +1)
+
+
+def member(state: StateTree, i: Any) -> StateTree:
+    """Member ``i`` of an ensemble as a single tree; ``i`` may be negative, or traced.
+
+    >>> singles = [StateTree({'h': HiddenState(jnp.full(2, i))}) for i in range(3)]
+    >>> member(stack(*singles), -1)['h']
+    Array([2, 2], dtype=int32, weak_type=True)
+
+    Raises `ValueError` if no state is mapped, `IndexError` for an ``i`` out of range, and
+    `TypeError` for one that is no single integer. A traced ``i`` is clamped, as JAX does.
+    """
+    mapped, shared = partition(state, lambda path, box: box.mapped)
+    size = _members(mapped)
+    if np.ndim(i) or not jnp.issubdtype(jnp.result_type(i), np.integer):
+        raise TypeError(f"a member is chosen by one integer; got {_described(i)}")
+    if not isinstance(i, jax.Array) and not -size <= i < size:
+        raise IndexError(f"member {i} of {size}")
+    return _with_axes(jax.tree.map(lambda leaf: leaf[i], mapped), -1) | shared
+
+
+# ---- Assigning -----------------------------------------------------------------------------------
+
+
+class Assigned(NamedTuple):
+    """What `assign` returns."""
+
+    state: StateTree
+    unexpected: list[Any]  # keys as the caller wrote them, or paths of extra leaves
+    missing: list[Path]  # paths of states, or of leaves where only part of a state was given
+
+
+def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
+    """Load values into a tree by name: ``(state, unexpected, missing)``, with a new tree.
+
+    A snapshot is a state tree, or a mapping with paths, dotted names or nested dicts for keys, at
+    the level of states or of leaves: all reach the leaf that has the dotted name. Later snapshots
+    win. Each leaf keeps the dtype, shape and sharding that it had.
+
+    >>> tree = StateTree({'W': ParamState({'bias': jnp.zeros(2), 'weight': jnp.ones(2)})})
+    >>> tree, unexpected, missing = assign(tree, {'W.bias': np.array([1., 2.]), 'V': np.ones(2)})
+    >>> tree['W']['bias'], unexpected, missing
+    (Array([1., 2.], dtype=float32), ['V'], [('W', 'weight')])
+
+    Raises one `ValueError` that lists every leaf of another shape, of a kind that does not fit
+    (float into int, complex into float) or that is no array, and `ValueError` for a dotted name
+    that several leaves share: tuple paths tell them apart. Raises `TypeError` for no mapping.
+    """
+    old = dict(_tree_leaves(state))
+    new: dict[Path, Any] = {}
+    unexpected: dict[Any, None] = {}  # in place of a set, whose order is anybody's guess
+    for snapshot in snapshots:
+        if not isinstance(snapshot, Mapping):
+            raise TypeError(f"a snapshot is a mapping; got {type(snapshot).__name__}")
+        for key, value in snapshot.items():
+            found, strange = _matched(key, value, state, _by_name(old))
+            new.update(found)
+            unexpected.update(dict.fromkeys(strange))
+    cast = {path: _cast(leaf, old[path]) for path, leaf in new.items()}
+    unfit = [f"{_dotted(path)!r} expected {_described(old[path])}, got {_described(new[path])}"
+             for path in _in_order(cast) if cast[path] is None]
+    if unfit:
+        raise ValueError(f"nothing was assigned, since values do not fit: {'; '.join(unfit)}")
+    missing: list[Path] = []
+    for path, (_, value) in _rows(state).items():
+        leaves = [leaf_path for leaf_path, _ in _leaves(value, path)]
+        lost = [leaf_path for leaf_path in leaves if leaf_path not in cast]
+        missing += [path] if lost and lost == leaves else lost
+    assigned = jax.tree.unflatten(jax.tree.structure(state), list((old | cast).values()))
+    return Assigned(assigned, _in_order(unexpected), _in_order(missing))
+
+
+def _by_name(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    named: dict[str, list[Path]] = {}
+    for path in paths:
+        named.setdefault(_dotted(path), []).append(path)
+    return named
+
+
+def _matched(key: Any, value: Any, state: StateTree,
+             named: Mapping[str, list[Path]]) -> tuple[dict[Path, Any], list[Any]]:
+    """The leaves under one key of a snapshot by their paths in the tree, and what has none."""
+    found: dict[Path, Any] = {}
+    extra, start = [], key if isinstance(key, tuple) else (key,)
+    for rest, leaf in _flattened(value):
+        paths = named.get(_dotted(start + rest), [])
+        if len(paths) > 1 and isinstance(key, tuple):
+            paths = [path for path in paths if path == key + rest]
+        if len(paths) > 1:
+            raise ValueError(f"{_dotted(start + rest)!r} names several leaves: {paths}; "
+                             "use a tuple path as the key")
+        if paths:
+            found[paths[0]] = leaf
+            known = paths[0][:len(paths[0]) - len(rest)]
+        else:
+            extra.append(rest)
+    if found:
+        return found, [known + rest for rest in extra]
+    return found, [key] if extra or key not in state else []
+
+
+def _flattened(value: Any) -> Iterator[tuple[Path, Any]]:
+    """The leaves of nested mappings, boxes and pytrees, with their paths."""
+    stack: list[tuple[Path, Any]] = [((), value)]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, Mapping):
+            stack += [(path + (key if isinstance(key, tuple) else (key,)), each)
+                      for key, each in value.items()]
+        else:
+            yield from _leaves(value.value if isinstance(value, State) else value, path)
+
+
+def _cast(new: Any, old: Any) -> Any:
+    """A value with the dtype, shape and sharding of a leaf; None if it does not fit."""
+    if _is_key(old) and not _is_key(new):
+        data = _cast(new, jax.random.key_data(old))
+        return data if data is None else jax.random.wrap_key_data(data, impl=jax.random.key_impl(old))
+    if not isinstance(new, jax.Array):
+        new = np.asarray(new)
+        if new.dtype.type is np.void and new.dtype.itemsize == old.dtype.itemsize:
+            new = new.view(old.dtype)  # what npz gives back for bfloat16
+    fits = new.dtype == old.dtype or _kind(new.dtype) <= _kind(old.dtype) < len(_KINDS)
+    if new.shape != old.shape or not fits:
+        return None
+    new = jnp.array(new, old.dtype, copy=not isinstance(new, jax.Array))
+    sharding = getattr(old, "sharding", None)  # a traced array has none
+    moved = sharding is not None and getattr(new, "sharding", None) != sharding
+    return jax.device_put(new, sharding) if moved else new
+
+
+_KINDS = (np.bool_, np.unsignedinteger, np.signedinteger, np.floating, np.complexfloating)
+
+
+def _kind(dtype: Any) -> int:
+    """How far a dtype is down the road of lossless kinds of cast; past its end if not on it."""
+    return next((rank for rank, kind in enumerate(_KINDS) if jnp.issubdtype(dtype, kind)), len(_KINDS))
+
+
+# ---- In place: the documented API ----------------------------------------------------------------
+
+
+def call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None,
+                 node_to_exclude: Filter = None, fn_if_not_exist: str = "raise", *,
+                 key: Key = None) -> T:
+    """`call_all` in place: the methods run on the modules themselves. Returns the target.
+
+    If anything raises, all is as it was before: state values, attributes, and the lists and dicts
+    in them. Raises what `call_all` raises.
+
+    >>> class Counter(Module):
+    ...     def tick(self):
+    ...         self.count.value += 1
+    >>> counter = restore(Counter(), StateTree({'count': State(jnp.array(1))}))
+    >>> call_all_fns(counter, 'tick').count.value
+    Array(2, dtype=int32, weak_type=True)
+    """
+    graph = _walk(target)
+    plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
+    with _all_or_nothing(graph), _axes_kept(graph.states, fn_name):
+        _run(plan)
+    return target
+
+
+@contextmanager
+def _all_or_nothing(graph: _Graph) -> Iterator[None]:
+    """Put the objects of a graph back as they were if what runs meanwhile raises."""
+    saved = [(vars(node), vars(node).copy()) for _, node in graph.modules]
+    saved += [(part, part.copy()) for part in graph.containers if not isinstance(part, tuple)]
+    for _, box in graph.states:
+        saved.append((vars(box), vars(box).copy()))
+        if not _is_array_type(type(box.value)):
+            saved[-1][1]["value"] = _fresh(
+                box.value, lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf)
+    try:
+        yield
+    except BaseException:
+        for part, kept in saved:
+            part.clear()
+            (part.update if isinstance(part, dict) else part.extend)(kept)
+        raise
+
+
+def vmap_call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None,
+                      axis_size: int | None = None, node_to_exclude: Filter = None,
+                      state_tag: Hashable = None, fn_if_not_exist: str = "raise", *,
+                      in_axes: Any = None, state_to_exclude: Filter = None, key: Key = None) -> T:
+    """`vmap_call_all` whose states are written back into the target, which is returned.
+
+    Only states change; other attributes that the methods set are dropped. Raises what
+    `vmap_call_all` raises.
+
+    >>> class Cell(Module):
+    ...     def start(self, key):
+    ...         self.h = HiddenState(jax.random.normal(key, (3,)))
+    >>> vmap_call_all_fns(Cell(), 'start', axis_size=4, key=jax.random.key(0))
+    Cell
+      h: HiddenState(float32[4,3])
+    """
+    return restore(target, vmap_call_all(
+        target, snapshot(target), fn_name, args, kwargs, axis_size=axis_size, in_axes=in_axes,
+        node_to_exclude=node_to_exclude, state_to_exclude=state_to_exclude, state_tag=state_tag,
+        fn_if_not_exist=fn_if_not_exist, key=key)[1])
+
+
+def init_all_states(target: T, *args: Any, node_to_exclude: Filter = None, key: Key = None,
+                    **kwargs: Any) -> T:
+    """`init` in place: call ``init_state`` on every node. Returns the target.
+
+    >>> init_all_states([Module()], batch_size=4)
+    [Module]
+    """
+    return call_all_fns(target, "init_state", args, kwargs, node_to_exclude, key=key)
+
+
+def reset_all_states(target: T, *args: Any, node_to_exclude: Filter = None, key: Key = None,
+                     **kwargs: Any) -> T:
+    """`reset` in place: call ``reset_state`` on every node. Returns the target.
+
+    >>> reset_all_states({'encoder': Module()})
+    {'encoder': Module}
+    """
+    return call_all_fns(target, "reset_state", args, kwargs, node_to_exclude, key=key)
+
+
+def vmap_init_all_states(target: T, *args: Any, axis_size: int | None = None,
+                         node_to_exclude: Filter = None, state_to_exclude: Filter = None,
+                         state_tag: Hashable = None, key: Key = None, **kwargs: Any) -> T:
+    """`vmap_init` in place. Returns the target.
+
+    >>> vmap_init_all_states(Module(), axis_size=4)
+    Module
+    """
+    return vmap_call_all_fns(target, "init_state", args, kwargs, axis_size, node_to_exclude,
+                             state_tag, state_to_exclude=state_to_exclude, key=key)
+
+
+def vmap_reset_all_states(target: T, *args: Any, axis_size: int | None = None,
+                          node_to_exclude: Filter = None, state_to_exclude: Filter = None,
+                          state_tag: Hashable = None, key: Key = None, **kwargs: Any) -> T:
+    """`vmap_reset` in place. Returns the target.
+
+    >>> vmap_reset_all_states(Module(), axis_size=4)
+    Module
+    """
+    return vmap_call_all_fns(target, "reset_state", args, kwargs, axis_size, node_to_exclude,
+                             state_tag, state_to_exclude=state_to_exclude, key=key)
+
+
+def assign_state_values(target: Any, *state_by_abs_path: Mapping[Any, Any],
+                        ) -> tuple[list[Any], list[Path]]:
+    """`assign` in place: ``(unexpected, missing)``. Raises what `assign` raises, changing nothing.
+
+    >>> model = Module()
+    >>> model.w = ParamState(jnp.zeros(2))
+    >>> assign_state_values(model, {'w': np.ones(2), 'v': np.ones(2)})
+    (['v'], [])
+    """
+    state, unexpected, missing = assign(snapshot(target), *state_by_abs_path)
+    restore(target, partition(state, lambda path, box: path not in missing)[0])
+    return unexpected, missing
+
+
+# ---- The demonstration ---------------------------------------------------------------------------
+
+
+class _Cell(Module):
+    """A recurrent cell whose members differ in weights and state."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.leak = LongTermState(jnp.float32(0.5))
+
+    def init_state(self, *, key: Key) -> None:
+        self.h = HiddenState(jnp.zeros(self.size))
+        self.weight = ParamState(jax.random.normal(key, (self.size, self.size)) / self.size**0.5)
+
+    def reset_state(self) -> None:
+        self.h.value = jnp.zeros(self.size)
+
+    def update(self, x: jax.Array) -> jax.Array:
+        fresh = jnp.tanh(self.h.value @ self.weight.value + x)
+        self.h.value += self.leak.value * (fresh - self.h.value)
+        return self.h.value
+
+
+def _demonstrate() -> None:
+    """The main job on a small recurrent ensemble: ``python -m collective``."""
+
+    def norms(state: StateTree) -> str:
+        return " ".join(f"{norm:.3f}" for norm in jnp.linalg.norm(state["0.h"], axis=-1))
+
+    model = [_Cell(3)]
+    state = vmap_init(model, axis_size=4, key=jax.random.key(0))
+    print(f"vmap_init: four members, each with a state and weights of its own\n{state}")
+
+    @jax.jit
+    def rollout(state: StateTree, xs: jax.Array) -> StateTree:
+        def step(state: StateTree, x: jax.Array) -> tuple[StateTree, None]:
+            return vmap_call_all(model, state, "update", x)[1], None
+        return jax.lax.scan(step, state, xs)[0]
+
+    after = rollout(state, jnp.ones((20, 3)))
+    print(f"rollout: 20 steps in one jitted scan, norms of h {norms(state)} -> {norms(after)}")
+    state = vmap_reset(model, after)
+    print(f"vmap_reset: norms of h {norms(state)}, shape still {state['0.h'].shape}")
+    file = io.BytesIO()
+    np.savez(file, **flat_dict(after))
+    file.seek(0)
+    state, unexpected, missing = assign(state, np.load(file))
+    print(f"assign from npz: norms of h {norms(state)}, {unexpected=}, {missing=}")
+    restore(model, member(state, 2))
+    print(f"restore: member 2 alone in the module\n{model[0]}")
+
+
+if __name__ == "__main__":
+    _demonstrate()
