@@ -138,15 +138,22 @@ def _dotted(path: Path) -> str:
 def _in_order(paths: Iterable[Any]) -> list[Any]:
     """Sort paths canonically: ints by number, then strings, then other keys by their repr."""
     try:
-        return sorted(paths)  # the same order, and fast, where ints and strings never meet
+        return sorted(paths)  # the same order, only faster, where no int meets a string
     except TypeError:
         return sorted(paths, key=_rank)
 
 
 def _rank(path: Any) -> list[tuple[int, Any]]:
-    parts = path if isinstance(path, tuple) else (path,)
     return [(0, part) if isinstance(part, int) else (1, part) if isinstance(part, str)
-            else (2, repr(part)) for part in parts]
+            else (2, repr(part)) for part in (path if isinstance(path, tuple) else (path,))]
+
+
+def _by_name(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    """Paths by dotted name, which several may share."""
+    named: dict[str, list[Path]] = {}
+    for path in paths:
+        named.setdefault(_dotted(path), []).append(path)
+    return named
 
 
 def _sites(things: Iterable[tuple[Path, Any]]) -> str:
@@ -168,13 +175,10 @@ def _leaves(value: Any, path: Path = ()) -> list[tuple[Path, Any]]:
 
 def _described(value: Any) -> str:
     """Dtypes and shapes of a pytree: "bias float32[2], weight float32[4,2]"."""
-
-    def text(leaf: Any) -> str:
-        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-            return type(leaf).__name__
-        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-    return ", ".join(f"{_dotted(path)} {text(leaf)}".strip() for path, leaf in _leaves(value))
+    return ", ".join(
+        f"{_dotted(path)} {leaf.dtype}[{','.join(map(str, leaf.shape))}]".lstrip()
+        if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else type(leaf).__name__
+        for path, leaf in _leaves(value))
 
 
 def _predicate(filter: Filter) -> Callable[[Path, Any], Any]:
@@ -243,22 +247,21 @@ class Module:
 
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
-        lines: list[str] = []
-        shown: set[int] = set()
-        stack: list[tuple[int, str, Any]] = [(0, "", self)]
+        lines, shown = [], set()
+        stack: list[tuple[str, str, Any]] = [("", "", self)]
         while stack:
-            depth, label, thing = stack.pop()
+            indent, label, thing = stack.pop()
             parts = list(_items(thing)) if isinstance(thing, _HOLDERS) else []
             if isinstance(thing, Module) or any(isinstance(part, _WALKED) for _, part in parts):
-                known = id(thing) in shown
-                text = type(thing).__name__ + " (shown above)" * known
+                text = type(thing).__name__ + " (shown above)" * (id(thing) in shown)
+                if id(thing) not in shown:
+                    stack += [(indent + "  ", f"{name}: ", part) for name, part in parts[::-1]]
                 shown.add(id(thing))
-                stack += [(depth + 1, f"{name}: ", part) for name, part in parts[::-1] if not known]
-            elif isinstance(thing, State) or not hasattr(thing, "dtype"):
-                text = repr(thing) if isinstance(thing, State) else reprlib.repr(thing)
+            elif isinstance(thing, State):
+                text = repr(thing)
             else:
-                text = _described(thing)
-            lines.append("  " * depth + label + text)
+                text = _described(thing) if hasattr(thing, "dtype") else reprlib.repr(thing)
+            lines.append(indent + label + text)
         return "\n".join(lines)
 
 
@@ -285,16 +288,13 @@ def _items(holder: Any) -> Iterable[tuple[Hashable, Any]]:
 
 def _walk(root: Any) -> _Graph:
     """Walk a module, or a list, tuple or dict of modules, depth first and without recursion."""
-    parts = dict(_items(root)) if type(root) in (list, tuple, dict) else {"": root}
-    strays = [f"{type(part).__name__} {[name] if name != '' else ''}"
-              for name, part in parts.items() if not isinstance(part, _HOLDERS)]
-    if strays:
+    parts = [root] if not isinstance(root, _HOLDERS[1:]) else [part for _, part in _items(root)]
+    if strays := [type(part).__name__ for part in parts if not isinstance(part, _HOLDERS)]:
         raise TypeError("expected a module, or a list, tuple or dict of modules; "
                         f"got {', '.join(strays)}")
     graph = _Graph(root, [], [], [], [])
     seen = {id(root)}
-    path: Path = ()
-    stack = [(path, root, iter(_items(root)))]
+    stack: list[Any] = [((), root, iter(_items(root)))]
     while stack:
         path, holder, items = stack[-1]
         for name, child in items:
@@ -346,17 +346,15 @@ class _Static:
     """What all trees with the same states share."""
 
     def __init__(self, paths: tuple[Path, ...], entries: tuple[_Entry, ...]) -> None:
-        self.paths = paths
-        self.entries = entries
+        self.paths, self.entries = paths, entries
 
     @functools.cached_property
-    def found(self) -> dict[Path | str, list[int]]:
-        """Positions by path and by dotted name, which several paths may share."""
-        found: dict[Path | str, list[int]] = {}
-        for position, path in enumerate(self.paths):
-            found[path] = [position]
-            found.setdefault(_dotted(path), []).append(position)
-        return found
+    def positions(self) -> dict[Path, int]:
+        return {path: position for position, path in enumerate(self.paths)}
+
+    @functools.cached_property
+    def named(self) -> dict[str, list[Path]]:
+        return _by_name(self.paths)
 
 
 _statics: weakref.WeakValueDictionary[Any, _Static] = weakref.WeakValueDictionary()
@@ -385,17 +383,12 @@ def _rows(tree: StateTree) -> _Rows:
     return dict(zip(tree._static.paths, zip(tree._static.entries, tree._values)))
 
 
-def _box(entry: _Entry, value: Any) -> State:
-    """A box made without its kind's ``__init__``, which may take anything."""
-    kind, tag, mapped = entry
-    box = object.__new__(kind)
-    box.value, box.tag, box.mapped = _fresh(value), tag, mapped
+def _box(entry: _Entry, value: Any, box: State | None = None) -> State:
+    """Load a box, by default one made without its kind's ``__init__``, which may take anything."""
+    box = object.__new__(State) if box is None else box
+    box.__class__, box.tag, box.mapped = entry  # type: ignore[assignment]
+    box.value = _fresh(value)
     return box
-
-
-@functools.lru_cache
-def _is_array_type(kind: type) -> bool:
-    return issubclass(kind, jax.Array)  # cached, since this takes 0.5 us, once for each state
 
 
 def _fresh(value: Any, leaf: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
@@ -403,9 +396,9 @@ def _fresh(value: Any, leaf: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
     return value if _is_array_type(type(value)) else jax.tree.map(leaf, value)
 
 
-def _as_array(leaf: Any) -> Any:
-    """NumPy arrays and numbers as JAX arrays: copies, which `jnp.asarray` need not make."""
-    return leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
+@functools.lru_cache
+def _is_array_type(kind: type) -> bool:
+    return issubclass(kind, jax.Array)  # cached, since it takes 0.5 us, once for each state
 
 
 class StateTree(Mapping[Path, Any]):
@@ -441,26 +434,27 @@ class StateTree(Mapping[Path, Any]):
             if not isinstance(path, tuple) or not isinstance(box, State):
                 raise TypeError("expected a tuple path, or a dotted name, and a State; "
                                 f"got {path!r} and {type(box).__name__}")
-            try:
-                rows[path] = (type(box), box.tag, box.mapped), _fresh(box.value, _as_array)
+            try:  # jnp.array copies NumPy arrays, which jnp.asarray need not do
+                value = _fresh(box.value, lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf))
             except TypeError as error:
                 raise TypeError(f"no array in {_sites([(path, box)])}: {error}") from error
+            rows[path] = (type(box), box.tag, box.mapped), value
         tree = _tree(rows)
         self._static, self._values = tree._static, tree._values
 
     def __getitem__(self, path: Path | str) -> Any:
-        found = self._static.found.get(path, [])
-        if len(found) == 1:
-            return _fresh(self._values[found[0]])
-        if found:
-            paths = [self._static.paths[position] for position in found]
-            raise KeyError(f"several states are named {path!r}; look up one of the paths {paths}")
-        names = map(_dotted, self._static.paths)
+        static = self._static
+        paths = static.named.get(path, []) if isinstance(path, str) else [path]
+        if len(paths) == 1 and paths[0] in static.positions:
+            return _fresh(self._values[static.positions[paths[0]]])
+        if len(paths) > 1:
+            raise KeyError(f"{path!r} names several states; look up one of the paths {paths}")
         name = path if isinstance(path, str) else _dotted(path)
-        raise KeyError(f"no state {name!r}; the closest: {difflib.get_close_matches(name, names, cutoff=0)}")
+        close = difflib.get_close_matches(name, static.named, cutoff=0)
+        raise KeyError(f"no state {name!r}; the closest are {close}")
 
     def __contains__(self, path: object) -> bool:
-        return len(self._static.found.get(path, [])) == 1  # type: ignore[call-overload]
+        return path in self._static.positions or len(self._static.named.get(path, [])) == 1
 
     def __iter__(self) -> Iterator[Path]:
         return iter(self._static.paths)
@@ -489,13 +483,13 @@ class StateTree(Mapping[Path, Any]):
         return {path: _box(*row) for path, row in _rows(self).items()}
 
 
-def _with_keys(tree: StateTree) -> tuple[list[Any], _Static]:
-    names = map(_dotted, tree._static.paths)
-    return list(zip(map(jax.tree_util.DictKey, names), tree._values)), tree._static
-
-
 jax.tree_util.register_pytree_with_keys(
-    StateTree, _with_keys, _with_values, operator.attrgetter("_values", "_static"))
+    StateTree,
+    lambda tree: ([(jax.tree_util.DictKey(_dotted(path)), value)
+                   for path, value in zip(tree, tree._values)], tree._static),
+    _with_values,
+    operator.attrgetter("_values", "_static"),
+)
 
 
 def _tree_leaves(state: StateTree) -> list[tuple[Path, Any]]:
@@ -510,8 +504,6 @@ def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
 
     >>> whole = StateTree({'w': ParamState(jnp.ones(2)), 'h': HiddenState(jnp.zeros(2))})
     >>> params, rest = partition(whole, ParamState)
-    >>> list(params), list(rest)
-    ([('w',)], [('h',)])
     >>> jax.grad(lambda params: jnp.sum((params | rest)['w'] ** 2))(params)['w']
     Array([2., 2.], dtype=float32)
     """
@@ -529,16 +521,14 @@ def flat_dict(state: StateTree) -> dict[str, Any]:
     >>> list(flat_dict(tree))
     ['layers.0.bias', 'layers.0.weight']
 
-    Raises `ValueError` if two leaves share one dotted name.
+    Raises `ValueError` if leaves share one dotted name.
     """
-    flat: dict[str, Any] = {}
-    paths: dict[str, Path] = {}
-    for path, leaf in _tree_leaves(state):
-        name = _dotted(path)
-        if name in flat:
-            raise ValueError(f"{paths[name]} and {path} share one dotted name; rename one of them")
-        flat[name], paths[name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf, path
-    return flat
+    leaves = dict(_tree_leaves(state))
+    named = _by_name(leaves)
+    if shared := [paths for paths in named.values() if len(paths) > 1]:
+        raise ValueError(f"leaves share one dotted name: {shared}; rename a key of one of them")
+    return {name: jax.random.key_data(leaves[path]) if _is_key(leaves[path]) else leaves[path]
+            for name, [path] in named.items()}
 
 
 def _is_key(leaf: Any) -> bool:
@@ -560,31 +550,26 @@ def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
     Raises `ValueError` if the trees differ in more than their values, or if a leaf that differs
     does not lead with the axes of the mask.
     """
-    _check_alike(new, old)
     mask = jnp.asarray(mask)
-    unfit = [f"{_dotted(path)!r} is {_described(leaf)}"
-             for (path, leaf), fresh in zip(_tree_leaves(old), jax.tree.leaves(new))
-             if leaf is not fresh and leaf.shape[:mask.ndim] != mask.shape]
-    if unfit:
-        raise ValueError(f"the mask leads with {mask.shape}, but {', '.join(unfit)}")
-
-    def choose(fresh: Any, leaf: Any) -> Any:
-        aligned = jnp.expand_dims(mask, range(mask.ndim, leaf.ndim)) if leaf is not fresh else None
-        return leaf if aligned is None else jnp.where(aligned, fresh, leaf)
-
-    return jax.tree.map(choose, new, old)
+    _check_alike(new, old)
+    if unfit := [f"{_dotted(path)!r} {_described(leaf)}"
+                 for (path, leaf), fresh in zip(_tree_leaves(old), jax.tree.leaves(new))
+                 if leaf is not fresh and leaf.shape[:mask.ndim] != mask.shape]:
+        raise ValueError(f"the mask has shape {mask.shape}, with which {', '.join(unfit)} "
+                         "would have to begin, or be the same object in both trees")
+    return jax.tree.map(lambda fresh, leaf: leaf if leaf is fresh else jnp.where(
+        jnp.expand_dims(mask, range(mask.ndim, leaf.ndim)), fresh, leaf), new, old)
 
 
 def _check_alike(*states: StateTree) -> None:
     """Raise unless all trees have the same states, with leaves of the same shapes and dtypes."""
     first, *others = [{path: (entry, jax.tree.structure(value), _described(value))
                        for path, (entry, value) in _rows(state).items()} for state in states]
-    unlike = {path for other in others for path in first | other
-              if first.get(path) != other.get(path)}
-    if unlike:
+    if unlike := {path for each in others for path in first | each
+                  if first.get(path) != each.get(path)}:
         names = ", ".join(repr(_dotted(path)) for path in _in_order(unlike))
-        raise ValueError(f"the trees differ in states, kinds, tags, mapped counts, shapes or dtypes "
-                         f"at {names}; only their values may differ")
+        raise ValueError("only the values of the trees may differ, but their states, kinds, tags, "
+                         f"mapped counts, shapes or dtypes do at {names}")
 
 
 # ---- Copy, snapshot, restore ---------------------------------------------------------------------
@@ -617,38 +602,25 @@ def restore(module: T, state: StateTree) -> T:
     return module
 
 
-def _fill(root: Any, boxes: Mapping[Path, State], state: StateTree) -> list[tuple[Path, State]]:
-    """Write a tree into the boxes of a graph, attach what it has beyond them; return all boxes."""
-    filled, beyond = [], []
+def _fill(root: Any, boxes: dict[Path, State], state: StateTree) -> None:
+    """Load a tree into the boxes of a graph; add the boxes that the graph lacks, at their paths."""
+    beyond = {path: row for path, row in _rows(state).items() if path not in boxes}
+    boxes |= {path: object.__new__(State) for path in beyond}
     for path, (entry, value) in _rows(state).items():
-        box = boxes.get(path)
-        if box is None:
-            box = _box(entry, value)
-            beyond.append((path, box))
-        else:
-            kind, box.tag, box.mapped = entry
-            box.value = _fresh(value)
-            if type(box) is not kind:
-                box.__class__ = kind  # rather than a new box, which other references would miss
-        filled.append((path, box))
-    _attach(root, beyond)
-    return filled
-
-
-def _attach(root: Any, boxes: Iterable[tuple[Path, State]]) -> None:
-    """Put boxes at their paths, through new lists and dicts where the graph has none."""
+        _box(entry, value, boxes[path])
     made = []
-    for path, box in boxes:
+    for path in beyond:
         holder = root
         for step, following in itertools.pairwise(path):
             child = _part(holder, step)
             if isinstance(child, tuple) and not isinstance(_part(child, following), _HOLDERS):
-                child = _put(holder, step, list(child))  # since it is about to be changed
-            elif isinstance(child, list) > isinstance(following, int) or not isinstance(child, _HOLDERS):
+                child = _put(holder, step, list(child))  # since it is about to change
+            elif not isinstance(child, _HOLDERS) or (
+                    isinstance(child, list) and not isinstance(following, int)):
                 child = _put(holder, step, {})
                 made.append((holder, step, child))
             holder = child
-        _put(holder, path[-1], box)
+        _put(holder, path[-1], boxes[path])
     for holder, step, child in reversed(made):  # inner ones first
         if list(child) == list(range(len(child))):
             _put(holder, step, list(child.values()))
@@ -668,26 +640,18 @@ def _put(holder: Any, step: Any, thing: T) -> T:
     return thing
 
 
-class _Copy(NamedTuple):
-    """A private copy of a module graph, filled from a state tree."""
+def _copied(graph: _Graph, state: StateTree) -> tuple[Any, dict[int, Any], dict[Path, State]]:
+    """A private copy of a graph, filled from a tree: its root, its objects, its boxes by path.
 
-    root: Any
-    nodes: dict[int, Any]  # the copy of each object, by the id of the original
-    boxes: list[tuple[Path, State]]
-
-
-def _copied(graph: _Graph, state: StateTree) -> _Copy:
-    """Copy a graph, sharing all but modules, states, lists, dicts and tuples, and fill the copy.
-
-    Raises `ValueError` listing the states of the graph that the tree lacks.
+    The objects go by the ids of the originals. All but modules, states, lists, dicts and tuples
+    is shared. Raises `ValueError` listing the states of the graph that the tree lacks.
     """
     rows = _rows(state)
-    lacking = [(path, box) for path, box in graph.states if path not in rows]
-    if lacking:
+    if lacking := [(path, box) for path, box in graph.states if path not in rows]:
         raise ValueError(f"the state tree lacks {_sites(lacking)}, which the module has; "
                          "pass the whole tree, such as `params | rest`")
     nodes: dict[int, Any] = {}
-    parts = []  # the dicts and lists whose parts are to be swapped, with their copies
+    parts = []  # dicts and lists, with the copies that are to hold copies of what they hold
     for _, original in itertools.chain(graph.modules, graph.states):
         twin = nodes[id(original)] = object.__new__(type(original))
         parts.append((vars(original), vars(twin)))
@@ -698,19 +662,7 @@ def _copied(graph: _Graph, state: StateTree) -> _Copy:
     for bound in graph.methods:
         if id(bound.__self__) in nodes:
             nodes[id(bound)] = types.MethodType(bound.__func__, nodes[id(bound.__self__)])
-    _copy_tuples([part for part in graph.containers if isinstance(part, tuple)], nodes)
-    swap = nodes.get  # what was not copied stands for itself
-    for original, twin in parts:
-        if isinstance(original, list):
-            twin[:] = [swap(id(part), part) for part in original]
-        else:
-            twin.update({name: swap(id(part), part) for name, part in original.items()})
-    root = nodes[id(graph.root)]
-    return _Copy(root, nodes, _fill(root, {path: nodes[id(box)] for path, box in graph.states}, state))
-
-
-def _copy_tuples(tuples: list[tuple[Any, ...]], nodes: dict[int, Any]) -> None:
-    """Add the copies of tuples, whose parts must be there first; without copied parts, they stay."""
+    tuples = [original for original in graph.containers if isinstance(original, tuple)]
     for original in tuples:
         if any(isinstance(part, tuple) and id(part) not in nodes for part in original):
             tuples.append(original)  # to come again, after the tuples in it
@@ -718,6 +670,14 @@ def _copy_tuples(tuples: list[tuple[Any, ...]], nodes: dict[int, Any]) -> None:
         twin = [nodes.get(id(part), part) for part in original]
         same = all(map(operator.is_, twin, original))
         nodes[id(original)] = original if same else tuple.__new__(type(original), twin)
+    for original, twin in parts:
+        if isinstance(original, list):
+            twin[:] = [nodes.get(id(part), part) for part in original]
+        else:
+            twin.update({name: nodes.get(id(part), part) for name, part in original.items()})
+    boxes = {path: nodes[id(box)] for path, box in graph.states}
+    _fill(nodes[id(graph.root)], boxes, state)
+    return nodes[id(graph.root)], nodes, boxes
 
 
 # ---- The call engine -----------------------------------------------------------------------------
@@ -771,7 +731,8 @@ def _plan(nodes: Iterable[tuple[Path, Module]], fn_name: str, args: Any = (), kw
     if fn_if_not_exist not in ("raise", "warn", "pass", "none"):
         raise ValueError(f"fn_if_not_exist is 'raise', 'warn' or 'pass'; got {fn_if_not_exist!r}")
     plan = _Plan(fn_name, args if isinstance(args, tuple) else (args,), kwargs or {}, key, [])
-    _check_key(plan)
+    if key is not None:
+        _check_key(key, plan)
     excluded = _predicate(node_to_exclude)
     absent, uncallable, keyless = [], [], []
     uses: dict[int, Any] = {}  # by function, so that one look serves all nodes that share it
@@ -779,16 +740,17 @@ def _plan(nodes: Iterable[tuple[Path, Module]], fn_name: str, args: Any = (), kw
         if excluded(path, node):
             continue
         method = getattr(node, fn_name, absent)
+        if method is absent:
+            absent.append((path, node))
+            continue
         function = getattr(method, "__func__", method)
         if id(function) not in uses:
             uses[id(function)] = (*_use(method, plan), function)
         level, takes_key, lacks_key, _ = uses[id(function)]
         plan.steps.append((level, path, node, takes_key))
-        if method is absent:
-            absent.append(plan.steps.pop()[1:3])
-        elif not callable(method):
+        if not callable(method):
             uncallable.append((path, node))
-        elif lacks_key:
+        if lacks_key:
             keyless.append((path, node))
     if uncallable:
         raise TypeError(f"{fn_name!r} is an attribute, but no method, of {_sites(uncallable)}")
@@ -805,12 +767,10 @@ def _plan(nodes: Iterable[tuple[Path, Module]], fn_name: str, args: Any = (), kw
     return plan
 
 
-def _check_key(plan: _Plan) -> None:
-    if plan.key is None:
-        return
-    typed, legacy = _is_key(plan.key), getattr(plan.key, "dtype", None) == np.uint32
-    if not (typed or legacy) or np.ndim(plan.key) != legacy:
-        raise TypeError(f"key= is one PRNG key, as of jax.random.key(0); got {_described(plan.key)}")
+def _check_key(key: Key, plan: _Plan) -> None:
+    legacy = getattr(key, "dtype", None) == np.uint32
+    if not (legacy or _is_key(key)) or np.ndim(key) != legacy:
+        raise TypeError(f"key= is one PRNG key, as of jax.random.key(0); got {_described(key)}")
     if "key" in plan.kwargs:
         raise TypeError("a key came both as key=, which gives each node its own, and in kwargs=, "
                         "which gives all nodes the same; pass one of them")
@@ -871,23 +831,24 @@ def _axes_kept(boxes: Iterable[tuple[Path, State]], fn_name: str) -> Iterator[No
 
     before = [(path, box, box.mapped, axes(box, box.mapped)) for path, box in boxes if box.mapped]
     yield
-    changed = [(path, box) for path, box, mapped, old in before if not axes(box, mapped) <= old]
-    if changed:
+    if changed := [(path, box) for path, box, mapped, old in before if not axes(box, mapped) <= old]:
         pure = {"init_state": "vmap_init", "reset_state": "vmap_reset"}.get(fn_name)
         forms = f"{pure} or {pure}_all_states" if pure else "vmap_apply or vmap_call_all(_fns)"
         raise ValueError(f"{fn_name!r} ran once for all members and changed the leading axes of "
                          f"{_sites(changed)}; run it once per member, with {forms}")
 
 
-def _states_after(clone: _Copy) -> dict[Path, State]:
-    """The states of a copy on which methods ran; `ValueError` if they created modules."""
-    graph = _walk(clone.root)
-    known = {id(node) for node in clone.nodes.values()}
-    created = [(path, node) for path, node in graph.modules if id(node) not in known]
-    if created:
-        raise ValueError(f"the call created modules, which no state tree can hold: "
+def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan) -> tuple[Any, Any, Any]:
+    """Run a plan on a copy: the outputs, the states before, and the states after, by path."""
+    root, nodes, boxes = _copied(graph, state)
+    with _axes_kept(boxes.items(), plan.fn_name):
+        outputs = _run(plan, nodes)
+    after = _walk(root)
+    known = {id(node) for node in nodes.values()}
+    if created := [(path, node) for path, node in after.modules if id(node) not in known]:
+        raise ValueError(f"{plan.fn_name!r} created modules, which no state tree can hold: "
                          f"{_sites(created)}; create modules in __init__, states in init_state")
-    return dict(graph.states)
+    return outputs, boxes, dict(after.states)
 
 
 # ---- Pure calls ----------------------------------------------------------------------------------
@@ -897,18 +858,20 @@ def apply(module: Module, state: StateTree, *args: Any, method: str = "__call__"
           **kwargs: Any) -> tuple[Any, StateTree]:
     """Call one method of the root module: ``(output, state)``, with a new tree.
 
-    >>> counter = Module()
-    >>> counter.count = State(jnp.array(1))
-    >>> counter.__class__ = type('Counter', (Module,), {'update': lambda self, by: by})
-    >>> apply(counter, snapshot(counter), 5)[0]
-    5
+    >>> class Counter(Module):
+    ...     def update(self, by):
+    ...         self.count.value += by
+    ...         return 2 * self.count.value
+    >>> output, state = apply(Counter(), StateTree({'count': State(jnp.array(0))}), 5)
+    >>> int(output), int(state['count'])
+    (10, 5)
 
     Raises `ValueError` if the tree lacks a state of the module, if the method creates modules,
     or if it changes the leading axes of a mapped state.
     """
     graph = _walk(module)
-    outputs, state = _run_once(graph, state, _plan(_root_of(graph), method, args, kwargs))
-    return outputs.get(()), state
+    outputs, _, after = _run_on_copy(graph, state, _plan(_root_of(graph), method, args, kwargs))
+    return outputs.get(()), StateTree(after)
 
 
 def _root_of(graph: _Graph) -> list[tuple[Path, Module]]:
@@ -916,13 +879,6 @@ def _root_of(graph: _Graph) -> list[tuple[Path, Module]]:
         raise TypeError(f"expected one module to call, got a {type(graph.root).__name__}; "
                         "for several, use call_all or vmap_call_all")
     return graph.modules[-1:]
-
-
-def _run_once(graph: _Graph, state: StateTree, plan: _Plan) -> tuple[dict[Path, Any], StateTree]:
-    clone = _copied(graph, state)
-    with _axes_kept(clone.boxes, plan.fn_name):
-        outputs = _run(plan, clone.nodes)
-    return outputs, StateTree(_states_after(clone))
 
 
 def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs: Kwargs = None, *,
@@ -937,9 +893,7 @@ def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs
     >>> class Layer(Module):
     ...     def norm(self, power):
     ...         return jnp.sum(self.w.value ** power)
-    >>> layer = Layer()
-    >>> layer.w = ParamState(jnp.ones(3))
-    >>> call_all([layer], snapshot([layer]), 'norm', 2)[0]
+    >>> call_all([Layer()], StateTree({'0.w': ParamState(jnp.ones(3))}), 'norm', 2)[0]
     {(0,): Array(3., dtype=float32)}
 
     Raises, before any method runs: `AttributeError` for a missing method; `TypeError` for an
@@ -949,7 +903,8 @@ def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs
     """
     graph = _walk(module)
     plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
-    return _run_once(graph, state, plan)
+    outputs, _, after = _run_on_copy(graph, state, plan)
+    return outputs, StateTree(after)
 
 
 def init(module: Any, *args: Any, node_to_exclude: Filter = None, key: Key = None,
@@ -994,15 +949,11 @@ def vmap_apply(module: Module, state: StateTree, *args: Any, in_axes: Any = 0,
 
     Positional arguments are mapped by ``in_axes``, as in `jax.vmap`. Keyword arguments are shared
     by all members: pass the members' keys by position. Outputs are ``(axis_size, *shape)``.
-
-    >>> class Scale(Module):
-    ...     def update(self, x):
-    ...         return self.factor.value * x
-    >>> state = stack(*(StateTree({'factor': ParamState(jnp.array(i))}) for i in range(3)))
-    >>> vmap_apply(Scale(), state, 10, in_axes=None)[0]
-    Array([ 0, 10, 20], dtype=int32)
-
     Raises what `apply` and `vmap_call_all` raise.
+
+    >>> class Square(Module): update = lambda self, x: x ** 2
+    >>> vmap_apply(Square(), StateTree({}), jnp.arange(3), axis_size=3)[0]
+    Array([0, 1, 4], dtype=int32)
     """
     graph = _walk(module)
     plan = _plan(_root_of(graph), method, args, kwargs)
@@ -1023,17 +974,15 @@ def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), k
     none. ``in_axes`` maps ``args``, as in `jax.vmap`; by default they are shared. Member ``i``
     sees the key ``jax.random.split(key, axis_size)[i]``. Outputs are ``(axis_size, *shape)``.
 
-    >>> class Noise(Module):
-    ...     def draw(self, scale, key):
-    ...         return scale * jax.random.normal(key, (2,))
-    >>> outputs, _ = vmap_call_all([Noise()], StateTree({}), 'draw', 0.1,
-    ...                            axis_size=5, key=jax.random.key(0))
+    >>> class Noise(Module): draw = lambda self, scale, key: scale * jax.random.normal(key, (2,))
+    >>> key = jax.random.key(0)
+    >>> outputs, _ = vmap_call_all([Noise()], StateTree({}), 'draw', 0.1, axis_size=5, key=key)
     >>> outputs[0,].shape
     (5, 2)
 
     Raises what `call_all` raises, and `ValueError` for an ``axis_size`` that is no positive
-    integer, or at odds with a mapped state, or None when there is none, and for a shared state
-    that ends up different per member.
+    integer, at odds with a mapped state, or None when there is none, and for a shared state that
+    ends up different per member.
     """
     graph = _walk(module)
     plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
@@ -1041,8 +990,7 @@ def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), k
 
 
 def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | None, in_axes: Any,
-                 state_to_exclude: Filter = None, state_tag: Hashable = None,
-                 ) -> tuple[dict[Path, Any], StateTree]:
+                 state_to_exclude: Filter = None, state_tag: Hashable = None) -> tuple[Any, StateTree]:
     """Run a plan under one `jax.vmap`, on a copy that lives inside it."""
     excluded = _predicate(state_to_exclude)
     mapped, shared = partition(state, lambda path, box: box.mapped and not excluded(path, box))
@@ -1051,13 +999,12 @@ def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | 
     output_paths: list[Path] = []
 
     def run_member(index: Any, key: Key, mapped: StateTree, args: Any) -> tuple[Any, ...]:
-        clone = _copied(graph, mapped | shared)
-        with _axes_kept(clone.boxes, plan.fn_name):
-            outputs = _run(plan._replace(args=args, key=key), clone.nodes)
+        member_plan = plan._replace(args=args, key=key)
+        outputs, before, after = _run_on_copy(graph, mapped | shared, member_plan)
         output_paths.extend(outputs)
-        is_mapped = {id(box): path in mapped for path, box in clone.boxes}
+        is_mapped = {id(box): path in mapped for path, box in before.items()}
         own, common = {}, {}
-        for path, box in _states_after(clone).items():
+        for path, box in after.items():
             if id(box) not in is_mapped and box.tag is None:
                 box.tag = state_tag
             per_member = is_mapped.get(id(box), not excluded(path, box))
@@ -1078,8 +1025,7 @@ def _members(mapped: StateTree, axis_size: Any = None) -> int:
     size = next(iter(sizes.values()))[0] if axis_size is None else axis_size
     if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
         raise ValueError(f"axis_size is a positive integer; got {size!r}")
-    odd = [f"{_dotted(path)!r} {shape}" for path, shape in sizes.items() if shape != (size,)]
-    if odd:
+    if odd := [f"{_dotted(path)!r} {shape}" for path, shape in sizes.items() if shape != (size,)]:
         raise ValueError(f"{size} members are at odds with the mapped axis of {', '.join(odd)}")
     return int(size)
 
@@ -1103,9 +1049,8 @@ def _same_for_all(index: Any, common: StateTree) -> StateTree:
 
     @unchanged.def_vmap
     def check(size: int, batched: Any, index: Any, common: StateTree) -> tuple[StateTree, Any]:
-        unlike = [(path, box) for path, box in common.states().items()
-                  if any(jax.tree.leaves(batched[1][path]))]
-        if unlike:
+        if unlike := [(path, box) for path, box in common.states().items()
+                      if any(jax.tree.leaves(batched[1][path]))]:
             raise ValueError(f"shared states ended up different per member: {_sites(unlike)}; "
                              "create them in init_state under a vmapped call, which gives each "
                              "member its own, or make their values the same for all members")
@@ -1114,7 +1059,7 @@ def _same_for_all(index: Any, common: StateTree) -> StateTree:
     return unchanged(index, common)
 
 
-def vmap_init(module: Any, *args: Any, axis_size: int, in_axes: Any = None,
+def vmap_init(module: Any, *args: Any, axis_size: int | None, in_axes: Any = None,
               node_to_exclude: Filter = None, state_to_exclude: Filter = None,
               state_tag: Hashable = None, key: Key = None, **kwargs: Any) -> StateTree:
     """`init` for ``axis_size`` members: what ``init_state`` creates is ``(axis_size, *shape)``.
@@ -1122,8 +1067,7 @@ def vmap_init(module: Any, *args: Any, axis_size: int, in_axes: Any = None,
     What ``__init__`` created is shared. Returns a new tree; raises what `vmap_call_all` raises.
 
     >>> class Cell(Module):
-    ...     def init_state(self, key):
-    ...         self.h = HiddenState(jax.random.normal(key, (3,)))
+    ...     def init_state(self, key): self.h = HiddenState(jax.random.normal(key, (3,)))
     >>> vmap_init(Cell(), axis_size=4, key=jax.random.key(0))
     path  kind         value         mapped
     h     HiddenState  float32[4,3]  1
@@ -1137,14 +1081,13 @@ def vmap_init(module: Any, *args: Any, axis_size: int, in_axes: Any = None,
 def vmap_reset(module: Any, state: StateTree, *args: Any, axis_size: int | None = None,
                in_axes: Any = None, node_to_exclude: Filter = None, state_to_exclude: Filter = None,
                state_tag: Hashable = None, key: Key = None, **kwargs: Any) -> StateTree:
-    """`reset` of every member of an ensemble: a new tree. Raises what `vmap_call_all` raises.
+    """`reset` of every member: a new tree. Raises what `vmap_call_all` raises.
 
     >>> class Cell(Module):
-    ...     def reset_state(self):
-    ...         self.h.value = jnp.zeros(2)  # the shape of one member
-    >>> single = StateTree({'h': HiddenState(jnp.ones(2))})
+    ...     def reset_state(self): self.h.value = jnp.zeros(3)  # of one member
+    >>> single = StateTree({'h': HiddenState(jnp.ones(3))})
     >>> vmap_reset(Cell(), stack(single, single))['h'].shape
-    (2, 2)
+    (2, 3)
     """
     return vmap_call_all(
         module, state, "reset_state", args, kwargs, axis_size=axis_size, in_axes=in_axes,
@@ -1155,12 +1098,11 @@ def vmap_reset(module: Any, state: StateTree, *args: Any, axis_size: int | None 
 def stack(*states: StateTree) -> StateTree:
     """One ensemble of single trees, each leaf ``(len(states), *shape)`` and counted as mapped.
 
-    >>> single = StateTree({'h': HiddenState(jnp.zeros(3))})
-    >>> stack(single, single)
-    path  kind         value         mapped
-    h     HiddenState  float32[2,3]  1
-
     Raises `ValueError` without trees, or if they differ in more than their values.
+
+    >>> single = StateTree({'h': HiddenState(jnp.zeros(3))})
+    >>> stack(single, single)['h'].shape
+    (2, 3)
     """
     if not states:
         raise ValueError("stack takes at least one state tree")
@@ -1169,14 +1111,14 @@ def stack(*states: StateTree) -> StateTree:
 
 
 def member(state: StateTree, i: Any) -> StateTree:
-    """Member ``i`` of an ensemble as a single tree; ``i`` may be negative, or traced.
+    """Member ``i`` of an ensemble as a single tree. A traced ``i`` is clamped, as JAX does.
 
-    >>> singles = [StateTree({'h': HiddenState(jnp.full(2, i))}) for i in range(3)]
-    >>> member(stack(*singles), -1)['h']
-    Array([2, 2], dtype=int32, weak_type=True)
+    Raises `ValueError` if no state is mapped, `TypeError` unless ``i`` is one integer, and
+    `IndexError` if it is out of range.
 
-    Raises `ValueError` if no state is mapped, `IndexError` for an ``i`` out of range, and
-    `TypeError` for one that is no single integer. A traced ``i`` is clamped, as JAX does.
+    >>> ensemble = stack(*(StateTree({'h': HiddenState(jnp.zeros(2) + i)}) for i in range(3)))
+    >>> member(ensemble, -1)['h']
+    Array([2., 2.], dtype=float32)
     """
     mapped, shared = partition(state, lambda path, box: box.mapped)
     size = _members(mapped)
@@ -1211,38 +1153,29 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
     (Array([1., 2.], dtype=float32), ['V'], [('W', 'weight')])
 
     Raises one `ValueError` that lists every leaf of another shape, of a kind that does not fit
-    (float into int, complex into float) or that is no array, and `ValueError` for a dotted name
-    that several leaves share: tuple paths tell them apart. Raises `TypeError` for no mapping.
+    (float into int, complex into float) or that is no array; `ValueError` for a dotted name that
+    several leaves share, which tuple paths tell apart; `TypeError` for what is no mapping.
     """
-    old = dict(_tree_leaves(state))
-    new: dict[Path, Any] = {}
-    unexpected: dict[Any, None] = {}  # in place of a set, whose order is anybody's guess
+    old, new, unexpected = dict(_tree_leaves(state)), {}, {}
+    named = _by_name(old)
     for snapshot in snapshots:
         if not isinstance(snapshot, Mapping):
             raise TypeError(f"a snapshot is a mapping; got {type(snapshot).__name__}")
         for key, value in snapshot.items():
-            found, strange = _matched(key, value, state, _by_name(old))
+            found, strange = _matched(key, value, state, named)
             new.update(found)
             unexpected.update(dict.fromkeys(strange))
-    cast = {path: _cast(leaf, old[path]) for path, leaf in new.items()}
-    unfit = [f"{_dotted(path)!r} expected {_described(old[path])}, got {_described(new[path])}"
-             for path in _in_order(cast) if cast[path] is None]
-    if unfit:
+    fitted = {path: _fitted(leaf, old[path]) for path, leaf in new.items()}
+    if unfit := [f"{_dotted(path)!r} expected {_described(old[path])}, got {_described(new[path])}"
+                 for path in _in_order(fitted) if fitted[path] is None]:
         raise ValueError(f"nothing was assigned, since values do not fit: {'; '.join(unfit)}")
     missing: list[Path] = []
     for path, (_, value) in _rows(state).items():
         leaves = [leaf_path for leaf_path, _ in _leaves(value, path)]
-        lost = [leaf_path for leaf_path in leaves if leaf_path not in cast]
+        lost = [leaf_path for leaf_path in leaves if leaf_path not in fitted]
         missing += [path] if lost and lost == leaves else lost
-    assigned = jax.tree.unflatten(jax.tree.structure(state), list((old | cast).values()))
-    return Assigned(assigned, _in_order(unexpected), _in_order(missing))
-
-
-def _by_name(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    named: dict[str, list[Path]] = {}
-    for path in paths:
-        named.setdefault(_dotted(path), []).append(path)
-    return named
+    assigned = jax.tree.unflatten(jax.tree.structure(state), list((old | fitted).values()))
+    return Assigned(assigned, _in_order(unexpected), missing)
 
 
 def _matched(key: Any, value: Any, state: StateTree,
@@ -1279,10 +1212,10 @@ def _flattened(value: Any) -> Iterator[tuple[Path, Any]]:
             yield from _leaves(value.value if isinstance(value, State) else value, path)
 
 
-def _cast(new: Any, old: Any) -> Any:
+def _fitted(new: Any, old: Any) -> Any:
     """A value with the dtype, shape and sharding of a leaf; None if it does not fit."""
     if _is_key(old) and not _is_key(new):
-        data = _cast(new, jax.random.key_data(old))
+        data = _fitted(new, jax.random.key_data(old))
         return data if data is None else jax.random.wrap_key_data(data, impl=jax.random.key_impl(old))
     if not isinstance(new, jax.Array):
         new = np.asarray(new)
