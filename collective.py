@@ -56,6 +56,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import gc
 import hashlib
 import inspect
 import io
@@ -131,6 +132,23 @@ class HiddenState(ShortTermState):
     """The hidden state of a recurrent cell."""
 
 
+def _predicate(filter: Filter) -> Callable[[Path, Any], Any]:
+    """A filter as a function of a path and the state or module there."""
+    if filter is None or filter is ... or isinstance(filter, bool):
+        return lambda path, thing: bool(filter)
+    if isinstance(filter, type):
+        return lambda path, thing: isinstance(thing, filter)
+    if isinstance(filter, str):
+        return lambda path, thing: getattr(thing, "tag", None) == filter
+    if isinstance(filter, (list, tuple)):
+        any_of = [_predicate(each) for each in filter]
+        return lambda path, thing: any(each(path, thing) for each in any_of)
+    if callable(filter) and not isinstance(filter, Module):  # which is callable, but no filter
+        return filter
+    raise TypeError("a filter is a type, a tag (str), a callable (path, object) -> bool, `...`, "
+                    f"None, or a list or tuple of these; got {type(filter).__name__}")
+
+
 def _dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
@@ -146,14 +164,6 @@ def _in_order(paths: Iterable[Any]) -> list[Any]:
 def _rank(path: Any) -> list[tuple[int, Any]]:
     return [(0, part) if isinstance(part, int) else (1, part) if isinstance(part, str)
             else (2, repr(part)) for part in (path if isinstance(path, tuple) else (path,))]
-
-
-def _by_name(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    """Paths by dotted name, which several may share."""
-    named: dict[str, list[Path]] = {}
-    for path in paths:
-        named.setdefault(_dotted(path), []).append(path)
-    return named
 
 
 def _sites(things: Iterable[tuple[Path, Any]]) -> str:
@@ -179,23 +189,6 @@ def _described(value: Any) -> str:
         f"{_dotted(path)} {leaf.dtype}[{','.join(map(str, leaf.shape))}]".lstrip()
         if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else type(leaf).__name__
         for path, leaf in _leaves(value))
-
-
-def _predicate(filter: Filter) -> Callable[[Path, Any], Any]:
-    """A filter as a function of a path and the state or module there."""
-    if filter is None or filter is ... or isinstance(filter, bool):
-        return lambda path, thing: bool(filter)
-    if isinstance(filter, type):
-        return lambda path, thing: isinstance(thing, filter)
-    if isinstance(filter, str):
-        return lambda path, thing: getattr(thing, "tag", None) == filter
-    if isinstance(filter, (list, tuple)):
-        any_of = [_predicate(each) for each in filter]
-        return lambda path, thing: any(each(path, thing) for each in any_of)
-    if callable(filter) and not isinstance(filter, Module):  # which is callable, but no filter
-        return filter
-    raise TypeError("a filter is a type, a tag (str), a callable (path, object) -> bool, `...`, "
-                    f"None, or a list or tuple of these; got {type(filter).__name__}")
 
 
 # ---- Modules and the walk ------------------------------------------------------------------------
@@ -251,8 +244,8 @@ class Module:
         stack: list[tuple[str, str, Any]] = [("", "", self)]
         while stack:
             indent, label, thing = stack.pop()
-            parts = list(_items(thing)) if isinstance(thing, _HOLDERS) else []
-            if isinstance(thing, Module) or any(isinstance(part, _WALKED) for _, part in parts):
+            parts = list(_ROLES[type(thing)](thing)) if _is_holder(thing) else []
+            if isinstance(thing, Module) or any(_ROLES[type(part)] for _, part in parts):
                 text = type(thing).__name__ + " (shown above)" * (id(thing) in shown)
                 if id(thing) not in shown:
                     stack += [(indent + "  ", f"{name}: ", part) for name, part in parts[::-1]]
@@ -265,8 +258,28 @@ class Module:
         return "\n".join(lines)
 
 
-_HOLDERS = (Module, list, tuple, dict)
-_WALKED = (State, *_HOLDERS, types.MethodType)
+def _is_holder(thing: Any) -> bool:
+    return isinstance(thing, (Module, list, tuple, dict))
+
+
+def _attributes(module: Module) -> Iterable[tuple[str, Any]]:
+    return vars(module).items()
+
+
+class _Roles(dict[type, Any]):
+    """By class, how to list the parts of a holder; State or MethodType for those; else None.
+
+    Each class is looked up once, since type checks took half of the time of a walk.
+    """
+
+    def __missing__(self, kind: type) -> Any:
+        roles = {State: State, types.MethodType: types.MethodType, Module: _attributes,
+                 dict: dict.items, list: enumerate, tuple: enumerate}
+        self[kind] = next((role for base, role in roles.items() if issubclass(kind, base)), None)
+        return self[kind]
+
+
+_ROLES = _Roles()
 
 
 class _Graph(NamedTuple):
@@ -274,60 +287,62 @@ class _Graph(NamedTuple):
 
     root: Any
     modules: list[tuple[Path, Module]]  # children before parents
+    containers: list[tuple[Path, Any]]  # lists, tuples and dicts
     states: list[tuple[Path, State]]
-    containers: list[Any]  # lists, tuples and dicts
     methods: list[types.MethodType]  # bound methods kept as attributes
 
 
-def _items(holder: Any) -> Iterable[tuple[Hashable, Any]]:
-    """The named parts of a module, list, tuple or dict, in definition order."""
-    if isinstance(holder, Module):
-        return vars(holder).items()
-    return holder.items() if isinstance(holder, dict) else enumerate(holder)
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Hold back the garbage collector, which took most of the time for 100,000 modules."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
+@_collector_paused()
 def _walk(root: Any) -> _Graph:
     """Walk a module, or a list, tuple or dict of modules, depth first and without recursion."""
-    parts = [root] if not isinstance(root, _HOLDERS[1:]) else [part for _, part in _items(root)]
-    if strays := [type(part).__name__ for part in parts if not isinstance(part, _HOLDERS)]:
+    path, holder, lister = (), root, _ROLES[type(root)]
+    entries = [part for _, part in lister(root)] if lister in (enumerate, dict.items) else [root]
+    if strays := [type(part).__name__ for part in entries if not _is_holder(part)]:
         raise TypeError("expected a module, or a list, tuple or dict of modules; "
                         f"got {', '.join(strays)}")
-    graph = _Graph(root, [], [], [], [])
-    seen = {id(root)}
-    stack: list[Any] = [((), root, iter(_items(root)))]
-    while stack:
-        path, holder, items = stack[-1]
-        for name, child in items:
-            if not isinstance(child, _WALKED) or id(child) in seen:
+    _, modules, containers, states, methods = graph = _Graph(root, [], [], [], [])
+    items, stack, seen = iter(lister(root)), [], {id(root)}
+    while True:
+        for name, part in items:
+            role = _ROLES[type(part)]
+            if role is None or id(part) in seen:
                 continue
-            seen.add(id(child))
-            if isinstance(child, State):
-                graph.states.append((path + (name,), child))
-            elif isinstance(child, types.MethodType):
-                graph.methods.append(child)
+            seen.add(id(part))
+            if role is State:
+                states.append((path + (name,), part))
+            elif role is types.MethodType:
+                methods.append(part)
             else:
-                stack.append((path + (name,), child, iter(_items(child))))
+                stack.append((path, holder, lister, items))
+                path, holder, lister, items = path + (name,), part, role, iter(role(part))
                 break
         else:
-            stack.pop()
-            if isinstance(holder, Module):
-                graph.modules.append((path, holder))
-            else:
-                graph.containers.append(holder)
-    return graph
+            (modules if lister is _attributes else containers).append((path, holder))
+            if not stack:
+                return graph
+            path, holder, lister, items = stack.pop()
 
 
 def traverse(module: Any) -> Iterator[tuple[Path, Module]]:
     """Iterate over ``(path, module)``: each module once, children before parents.
 
-    Attributes count in definition order; a module goes by the first path that reaches it.
-
-    >>> model = Module()
-    >>> model.encoder = model.decoder = Module()
-    >>> [path for path, _ in traverse([model])]
-    [(0, 'encoder'), (0,)]
-
+    Attributes count in definition order, and a module goes by the first path that reaches it.
     Raises `TypeError` for anything but a module, or a list, tuple or dict of modules.
+
+    >>> [path for path, _ in traverse({'encoder': [Module()], 'decoder': Module()})]
+    [('encoder', 0), ('decoder',)]
     """
     return iter(_walk(module).modules)
 
@@ -340,6 +355,14 @@ def traverse(module: Any) -> Iterator[tuple[Path, Module]]:
 
 _Entry = tuple[type[State], Hashable, int]  # kind, tag and mapped count of one state
 _Rows = dict[Path, tuple[_Entry, Any]]  # what a tree is built from: an entry and a value each
+
+
+def _by_name(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    """Paths by dotted name, which several may share."""
+    named: dict[str, list[Path]] = {}
+    for path in paths:
+        named.setdefault(_dotted(path), []).append(path)
+    return named
 
 
 class _Static:
@@ -401,6 +424,11 @@ def _is_array_type(kind: type) -> bool:
     return issubclass(kind, jax.Array)  # cached, since it takes 0.5 us, once for each state
 
 
+def _as_array(leaf: Any) -> Any:
+    """A leaf as a JAX array: a copy of a NumPy array, which `jnp.asarray` need not make."""
+    return leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
+
+
 class StateTree(Mapping[Path, Any]):
     """An immutable mapping from path to value, and a JAX pytree whose leaves are the arrays.
 
@@ -434,8 +462,8 @@ class StateTree(Mapping[Path, Any]):
             if not isinstance(path, tuple) or not isinstance(box, State):
                 raise TypeError("expected a tuple path, or a dotted name, and a State; "
                                 f"got {path!r} and {type(box).__name__}")
-            try:  # jnp.array copies NumPy arrays, which jnp.asarray need not do
-                value = _fresh(box.value, lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf))
+            try:
+                value = _fresh(box.value, _as_array)
             except TypeError as error:
                 raise TypeError(f"no array in {_sites([(path, box)])}: {error}") from error
             rows[path] = (type(box), box.tag, box.mapped), value
@@ -604,18 +632,20 @@ def restore(module: T, state: StateTree) -> T:
 
 def _fill(root: Any, boxes: dict[Path, State], state: StateTree) -> None:
     """Load a tree into the boxes of a graph; add the boxes that the graph lacks, at their paths."""
-    beyond = {path: row for path, row in _rows(state).items() if path not in boxes}
-    boxes |= {path: object.__new__(State) for path in beyond}
+    beyond = []
     for path, (entry, value) in _rows(state).items():
+        if path not in boxes:
+            boxes[path] = object.__new__(State)
+            beyond.append(path)
         _box(entry, value, boxes[path])
     made = []
     for path in beyond:
         holder = root
         for step, following in itertools.pairwise(path):
             child = _part(holder, step)
-            if isinstance(child, tuple) and not isinstance(_part(child, following), _HOLDERS):
+            if isinstance(child, tuple) and not _is_holder(_part(child, following)):
                 child = _put(holder, step, list(child))  # since it is about to change
-            elif not isinstance(child, _HOLDERS) or (
+            elif not _is_holder(child) or (
                     isinstance(child, list) and not isinstance(following, int)):
                 child = _put(holder, step, {})
                 made.append((holder, step, child))
@@ -640,6 +670,7 @@ def _put(holder: Any, step: Any, thing: T) -> T:
     return thing
 
 
+@_collector_paused()
 def _copied(graph: _Graph, state: StateTree) -> tuple[Any, dict[int, Any], dict[Path, State]]:
     """A private copy of a graph, filled from a tree: its root, its objects, its boxes by path.
 
@@ -650,34 +681,37 @@ def _copied(graph: _Graph, state: StateTree) -> tuple[Any, dict[int, Any], dict[
     if lacking := [(path, box) for path, box in graph.states if path not in rows]:
         raise ValueError(f"the state tree lacks {_sites(lacking)}, which the module has; "
                          "pass the whole tree, such as `params | rest`")
-    nodes: dict[int, Any] = {}
-    parts = []  # dicts and lists, with the copies that are to hold copies of what they hold
-    for _, original in itertools.chain(graph.modules, graph.states):
-        twin = nodes[id(original)] = object.__new__(type(original))
-        parts.append((vars(original), vars(twin)))
-    for original in graph.containers:
-        if not isinstance(original, tuple):
-            twin = nodes[id(original)] = copy.copy(original)
-            parts.append((original, twin))
-    for bound in graph.methods:
-        if id(bound.__self__) in nodes:
-            nodes[id(bound)] = types.MethodType(bound.__func__, nodes[id(bound.__self__)])
-    tuples = [original for original in graph.containers if isinstance(original, tuple)]
-    for original in tuples:
-        if any(isinstance(part, tuple) and id(part) not in nodes for part in original):
-            tuples.append(original)  # to come again, after the tuples in it
+    copies: dict[int, Any] = {}
+    boxes = {}
+    for path, box in graph.states:
+        boxes[path] = copies[id(box)] = twin = object.__new__(type(box))
+        vars(twin).update(vars(box))
+    parts = []  # attributes, dicts and lists, with the copies that are to hold copies of the parts
+    for _, module in graph.modules:
+        copies[id(module)] = twin = object.__new__(type(module))
+        parts.append((vars(module), vars(twin)))
+    for _, part in graph.containers:
+        if not isinstance(part, tuple):
+            copies[id(part)] = twin = copy.copy(part)
+            parts.append((part, twin))
+    for method in graph.methods:
+        if id(method.__self__) in copies:
+            copies[id(method)] = types.MethodType(method.__func__, copies[id(method.__self__)])
+    tuples = [part for _, part in graph.containers if isinstance(part, tuple)]
+    for old in tuples:
+        if any(isinstance(part, tuple) and id(part) not in copies for part in old):
+            tuples.append(old)  # to come again, after the tuples in it
             continue
-        twin = [nodes.get(id(part), part) for part in original]
-        same = all(map(operator.is_, twin, original))
-        nodes[id(original)] = original if same else tuple.__new__(type(original), twin)
-    for original, twin in parts:
-        if isinstance(original, list):
-            twin[:] = [nodes.get(id(part), part) for part in original]
+        new = [copies.get(id(part), part) for part in old]
+        changed = any(map(operator.is_not, new, old))
+        copies[id(old)] = tuple.__new__(type(old), new) if changed else old
+    for old, new in parts:
+        if isinstance(old, list):
+            new[:] = [copies.get(id(part), part) for part in old]
         else:
-            twin.update({name: nodes.get(id(part), part) for name, part in original.items()})
-    boxes = {path: nodes[id(box)] for path, box in graph.states}
-    _fill(nodes[id(graph.root)], boxes, state)
-    return nodes[id(graph.root)], nodes, boxes
+            new.update({name: copies.get(id(part), part) for name, part in old.items()})
+    _fill(copies[id(graph.root)], boxes, state)
+    return copies[id(graph.root)], copies, boxes
 
 
 # ---- The call engine -----------------------------------------------------------------------------
@@ -733,38 +767,37 @@ def _plan(nodes: Iterable[tuple[Path, Module]], fn_name: str, args: Any = (), kw
     plan = _Plan(fn_name, args if isinstance(args, tuple) else (args,), kwargs or {}, key, [])
     if key is not None:
         _check_key(key, plan)
-    excluded = _predicate(node_to_exclude)
-    absent, uncallable, keyless = [], [], []
+    if node_to_exclude is not None:
+        excluded = _predicate(node_to_exclude)
+        nodes = [(path, node) for path, node in nodes if not excluded(path, node)]
+    faults: dict[str, list[tuple[Path, Module]]] = {}
     uses: dict[int, Any] = {}  # by function, so that one look serves all nodes that share it
     for path, node in nodes:
-        if excluded(path, node):
-            continue
-        method = getattr(node, fn_name, absent)
-        if method is absent:
-            absent.append((path, node))
-            continue
+        method = getattr(node, fn_name, _ABSENT)
         function = getattr(method, "__func__", method)
-        if id(function) not in uses:
-            uses[id(function)] = (*_use(method, plan), function)
-        level, takes_key, lacks_key, _ = uses[id(function)]
-        plan.steps.append((level, path, node, takes_key))
-        if not callable(method):
-            uncallable.append((path, node))
-        if lacks_key:
-            keyless.append((path, node))
-    if uncallable:
-        raise TypeError(f"{fn_name!r} is an attribute, but no method, of {_sites(uncallable)}")
-    if keyless:
-        raise TypeError(f"{fn_name!r} requires a key on {_sites(keyless)}; "
-                        "pass key=jax.random.key(0)")
-    if absent and fn_if_not_exist in ("raise", "warn"):
-        message = (f"no method {fn_name!r} on {_sites(absent)}; define it, exclude these nodes with "
-                   "node_to_exclude, or pass fn_if_not_exist='pass'")
-        if fn_if_not_exist == "raise":
-            raise AttributeError(message)
-        warnings.warn(message, stacklevel=3)
+        use = uses.get(id(function))
+        if use is None:
+            use = uses[id(function)] = _use(method, function, plan)
+        level, takes_key, fault, _ = use
+        if fault:
+            faults.setdefault(fault, []).append((path, node))
+        else:
+            plan.steps.append((level, path, node, takes_key))
+    if fn_if_not_exist in ("pass", "none"):
+        faults.pop(_ABSENT, None)
+    elif fn_if_not_exist == "warn" and set(faults) == {_ABSENT}:
+        warnings.warn(f"{fn_name!r} {_ABSENT.format(_sites(faults.pop(_ABSENT)))}", stacklevel=3)
+    for fault, places in faults.items():
+        error = AttributeError if fault is _ABSENT else TypeError
+        raise error(f"{fn_name!r} {fault.format(_sites(places))}")
     plan.steps.sort(key=operator.itemgetter(0))  # stable
     return plan
+
+
+_ABSENT = ("is no method of {}; define it, exclude these nodes with node_to_exclude, or pass "
+           "fn_if_not_exist='pass'")
+_UNCALLABLE = "is an attribute, but no method, of {}"
+_KEYLESS = "requires a key on {}; pass key=jax.random.key(0)"
 
 
 def _check_key(key: Key, plan: _Plan) -> None:
@@ -776,20 +809,25 @@ def _check_key(key: Key, plan: _Plan) -> None:
                         "which gives all nodes the same; pass one of them")
 
 
-def _use(method: Any, plan: _Plan) -> tuple[float, bool, bool]:
-    """The level of a method, whether it takes a key, and whether it lacks one that it requires."""
-    level = getattr(method, "call_order", -math.inf)
+def _use(method: Any, function: Any, plan: _Plan) -> tuple[float, bool, str, Any]:
+    """The level of a method, whether it takes a key, and what is wrong with it, if anything."""
+    level, takes_key, fault = getattr(function, "call_order", -math.inf), False, ""
+    if not callable(method):
+        return level, False, _ABSENT if method is _ABSENT else _UNCALLABLE, function
     try:
         parameters = list(inspect.signature(method).parameters.values())
-    except (TypeError, ValueError):  # no method, or a builtin that does not tell
-        return level, False, False
+    except ValueError:  # a builtin that does not tell
+        parameters = []
     for position, parameter in enumerate(parameters):
         by_position = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        if parameter.name == "key" and (by_position or parameter.kind is parameter.KEYWORD_ONLY):
+        if parameter.kind is parameter.VAR_KEYWORD:
+            takes_key = True
+        elif parameter.name == "key" and (by_position or parameter.kind is parameter.KEYWORD_ONLY):
+            takes_key = True
             given = "key" in plan.kwargs or (by_position and position < len(plan.args))
-            required = parameter.default is parameter.empty and not given
-            return level, True, required and plan.key is None
-    return level, any(each.kind is each.VAR_KEYWORD for each in parameters), False
+            if parameter.default is parameter.empty and not given and plan.key is None:
+                fault = _KEYLESS
+    return level, takes_key, fault, function  # which must outlive the use of its id
 
 
 def _run(plan: _Plan, copies: Mapping[int, Any] | None = None) -> dict[Path, Any]:
@@ -1258,28 +1296,34 @@ def call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None,
     """
     graph = _walk(target)
     plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
-    with _all_or_nothing(graph), _axes_kept(graph.states, fn_name):
-        _run(plan)
+    undo = _undo(graph)
+    try:
+        with _axes_kept(graph.states, fn_name):
+            _run(plan)
+    except BaseException:
+        undo()
+        raise
     return target
 
 
-@contextmanager
-def _all_or_nothing(graph: _Graph) -> Iterator[None]:
-    """Put the objects of a graph back as they were if what runs meanwhile raises."""
-    saved = [(vars(node), vars(node).copy()) for _, node in graph.modules]
-    saved += [(part, part.copy()) for part in graph.containers if not isinstance(part, tuple)]
-    for _, box in graph.states:
-        saved.append((vars(box), vars(box).copy()))
-        if not _is_array_type(type(box.value)):
-            saved[-1][1]["value"] = _fresh(
-                box.value, lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf)
-    try:
-        yield
-    except BaseException:
-        for part, kept in saved:
+@_collector_paused()
+def _undo(graph: _Graph) -> Callable[[], None]:
+    """A function that puts all objects of a graph back as they are now."""
+    parts: list[Any] = [vars(thing) for _, thing in itertools.chain(graph.modules, graph.states)]
+    parts += [part for _, part in graph.containers if not isinstance(part, tuple)]
+    saved = [part.copy() for part in parts]
+    own = lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+    values = [(box, _fresh(box.value, own)) for _, box in graph.states
+              if not _is_array_type(type(box.value))]
+
+    def undo() -> None:
+        for part, kept in zip(parts, saved):
             part.clear()
             (part.update if isinstance(part, dict) else part.extend)(kept)
-        raise
+        for box, value in values:
+            box.value = value
+
+    return undo
 
 
 def vmap_call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None,
