@@ -1308,20 +1308,28 @@ def call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None,
 
 @_collector_paused()
 def _undo(graph: _Graph) -> Callable[[], None]:
-    """A function that puts all objects of a graph back as they are now."""
+    """A function that puts all objects of a graph, and the values of its states, back as now."""
     parts: list[Any] = [vars(thing) for _, thing in itertools.chain(graph.modules, graph.states)]
     parts += [part for _, part in graph.containers if not isinstance(part, tuple)]
+    values = [box.value for _, box in graph.states if not _is_array_type(type(box.value))]
+    for value in values:  # grows by the parts of each
+        if isinstance(value, jax.Array):
+            continue
+        if not isinstance(value, (list, tuple, dict, np.ndarray)):
+            value = getattr(value, "__dict__", ())  # of an instance of a registered class
+        if not isinstance(value, tuple):
+            parts.append(value)
+        if not isinstance(value, np.ndarray):
+            values += value.values() if isinstance(value, dict) else value
     saved = [part.copy() for part in parts]
-    own = lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf
-    values = [(box, _fresh(box.value, own)) for _, box in graph.states
-              if not _is_array_type(type(box.value))]
 
     def undo() -> None:
         for part, kept in zip(parts, saved):
-            part.clear()
-            (part.update if isinstance(part, dict) else part.extend)(kept)
-        for box, value in values:
-            box.value = value
+            if isinstance(part, dict):
+                part.clear()
+                part.update(kept)
+            else:
+                part[...if isinstance(part, np.ndarray) else slice(None)] = kept
 
     return undo
 
