@@ -60,10 +60,6 @@ import gc
 import hashlib
 import inspect
 import io
-import itertools
-import math
-import operator
-import reprlib
 import threading
 import types
 import warnings
@@ -91,6 +87,7 @@ Path = tuple[Hashable, ...]  # attribute names, dict keys and list indices, from
 Filter = Any  # a type, a tag, a predicate, `...`, None, or a list of these: see `_predicate`
 Key = Any  # one PRNG key, typed or legacy, or None
 Kwargs = Mapping[str, Any] | None  # keyword arguments of a method
+Outputs = dict[Path, Any]  # what methods returned, by the paths of their modules, in call order
 T = TypeVar("T")  # what comes back as it came: a module, or a list, tuple or dict of modules
 
 
@@ -108,9 +105,7 @@ class State:
     """
 
     def __init__(self, value: Any, *, tag: Hashable = None) -> None:
-        self.value = value
-        self.tag = tag
-        self.mapped = 0
+        self.value, self.tag, self.mapped = value, tag, 0
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({_described(self.value)})"
@@ -153,17 +148,17 @@ def _dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
+def _rank(path: Any) -> list[tuple[int, Any]]:
+    """Where a path comes in canonical order: ints by number, then strings, then others by repr."""
+    return [(0, part) if isinstance(part, int) else (1, part) if isinstance(part, str)
+            else (2, repr(part)) for part in (path if isinstance(path, tuple) else (path,))]
+
+
 def _in_order(paths: Iterable[Any]) -> list[Any]:
-    """Sort paths canonically: ints by number, then strings, then other keys by their repr."""
     try:
         return sorted(paths)  # the same order, only faster, where no int meets a string
     except TypeError:
         return sorted(paths, key=_rank)
-
-
-def _rank(path: Any) -> list[tuple[int, Any]]:
-    return [(0, part) if isinstance(part, int) else (1, part) if isinstance(part, str)
-            else (2, repr(part)) for part in (path if isinstance(path, tuple) else (path,))]
 
 
 def _sites(things: Iterable[tuple[Path, Any]]) -> str:
@@ -175,12 +170,9 @@ def _sites(things: Iterable[tuple[Path, Any]]) -> str:
 
 def _leaves(value: Any, path: Path = ()) -> list[tuple[Path, Any]]:
     """The leaves of a pytree with their paths, in the order in which JAX flattens it."""
-
-    def part(entry: Any) -> Hashable:  # of a dict, a sequence, an object with attributes
-        return getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry)))
-
-    flat, _ = jax.tree_util.tree_flatten_with_path(value)
-    return [(path + tuple(map(part, keys)), leaf) for keys, leaf in flat]
+    return [(path + tuple(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))
+                          for key in keys), leaf)
+            for keys, leaf in jax.tree_util.tree_flatten_with_path(value)[0]]
 
 
 def _described(value: Any) -> str:
@@ -200,21 +192,15 @@ class Module:
     It has no ``__init__`` and no metaclass, and mixes into any class with a ``__dict__``,
     dataclasses included. Override `init_state` and `reset_state`; define `update`.
 
-    >>> class Linear(Module):
-    ...     def __init__(self, size):
-    ...         self.size, self.weight = size, ParamState(jnp.ones((size, size)))
-    ...     def update(self, x):
-    ...         return x @ self.weight.value
-    >>> model = Module()
-    >>> model.layers = [Linear(2)]
+    >>> class Scale(Module):
+    ...     def __init__(self, size): self.size, self.factor = size, ParamState(jnp.ones(size))
+    ...     def update(self, x): return self.factor.value * x
+    >>> model = Scale(2)
     >>> model
-    Module
-      layers: list
-        0: Linear
-          size: 2
-          weight: ParamState(float32[2,2])
-    >>> model.layers[0](jnp.ones(2)), list(model.states())
-    (Array([2., 2.], dtype=float32), [('layers', 0, 'weight')])
+    Scale
+      factor: ParamState(float32[2])
+    >>> model(3.), list(model.states())
+    (Array([3., 3.], dtype=float32), [('factor',)])
     """
 
     update: Callable[..., Any]
@@ -238,24 +224,11 @@ class Module:
         chosen = _predicate(filter)
         return {path: node for path, node in _walk(self).modules if chosen(path, node)}
 
-    @reprlib.recursive_repr()
     def __repr__(self) -> str:
-        lines, shown = [], set()
-        stack: list[tuple[str, str, Any]] = [("", "", self)]
-        while stack:
-            indent, label, thing = stack.pop()
-            parts = list(_ROLES[type(thing)](thing)) if _is_holder(thing) else []
-            if isinstance(thing, Module) or any(_ROLES[type(part)] for _, part in parts):
-                text = type(thing).__name__ + " (shown above)" * (id(thing) in shown)
-                if id(thing) not in shown:
-                    stack += [(indent + "  ", f"{name}: ", part) for name, part in parts[::-1]]
-                shown.add(id(thing))
-            elif isinstance(thing, State):
-                text = repr(thing)
-            else:
-                text = _described(thing) if hasattr(thing, "dtype") else reprlib.repr(thing)
-            lines.append(indent + label + text)
-        return "\n".join(lines)
+        _, modules, _, states, _ = _walk(self)
+        texts = {path: type(node).__name__ for path, node in modules} | dict(states)
+        return "\n".join("  " * len(path) + f"{_dotted(path)}: {texts[path]}".removeprefix(": ")
+                         for path in _in_order(texts))
 
 
 def _is_holder(thing: Any) -> bool:
@@ -266,20 +239,12 @@ def _attributes(module: Module) -> Iterable[tuple[str, Any]]:
     return vars(module).items()
 
 
-class _Roles(dict[type, Any]):
-    """By class, how to list the parts of a holder; State or MethodType for those; else None.
-
-    Each class is looked up once, since type checks took half of the time of a walk.
-    """
-
-    def __missing__(self, kind: type) -> Any:
-        roles = {State: State, types.MethodType: types.MethodType, Module: _attributes,
-                 dict: dict.items, list: enumerate, tuple: enumerate}
-        self[kind] = next((role for base, role in roles.items() if issubclass(kind, base)), None)
-        return self[kind]
-
-
-_ROLES = _Roles()
+@functools.lru_cache(maxsize=1024)  # since type checks took half of the time of a walk
+def _role(kind: type) -> Any:
+    """How to list the parts of a module or container; the kind of a state or method; or None."""
+    roles = {State: State, types.MethodType: types.MethodType, Module: _attributes,
+             dict: dict.items, list: enumerate, tuple: enumerate}
+    return next((role for base, role in roles.items() if issubclass(kind, base)), None)
 
 
 class _Graph(NamedTuple):
@@ -307,7 +272,7 @@ def _collector_paused() -> Iterator[None]:
 @_collector_paused()
 def _walk(root: Any) -> _Graph:
     """Walk a module, or a list, tuple or dict of modules, depth first and without recursion."""
-    path, holder, lister = (), root, _ROLES[type(root)]
+    path, holder, lister = (), root, _role(type(root))
     entries = [part for _, part in lister(root)] if lister in (enumerate, dict.items) else [root]
     if strays := [type(part).__name__ for part in entries if not _is_holder(part)]:
         raise TypeError("expected a module, or a list, tuple or dict of modules; "
@@ -316,7 +281,7 @@ def _walk(root: Any) -> _Graph:
     items, stack, seen = iter(lister(root)), [], {id(root)}
     while True:
         for name, part in items:
-            role = _ROLES[type(part)]
+            role = _role(type(part))
             if role is None or id(part) in seen:
                 continue
             seen.add(id(part))
@@ -357,14 +322,6 @@ _Entry = tuple[type[State], Hashable, int]  # kind, tag and mapped count of one 
 _Rows = dict[Path, tuple[_Entry, Any]]  # what a tree is built from: an entry and a value each
 
 
-def _by_name(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    """Paths by dotted name, which several may share."""
-    named: dict[str, list[Path]] = {}
-    for path in paths:
-        named.setdefault(_dotted(path), []).append(path)
-    return named
-
-
 class _Static:
     """What all trees with the same states share."""
 
@@ -372,12 +329,13 @@ class _Static:
         self.paths, self.entries = paths, entries
 
     @functools.cached_property
-    def positions(self) -> dict[Path, int]:
-        return {path: position for position, path in enumerate(self.paths)}
-
-    @functools.cached_property
-    def named(self) -> dict[str, list[Path]]:
-        return _by_name(self.paths)
+    def found(self) -> dict[Path | str, list[int]]:
+        """Positions by path and by dotted name, which several paths may share."""
+        found: dict[Path | str, list[int]] = {}
+        for position, path in enumerate(self.paths):
+            found[path] = [position]
+            found.setdefault(_dotted(path), []).append(position)
+        return found
 
 
 _statics: weakref.WeakValueDictionary[Any, _Static] = weakref.WeakValueDictionary()
@@ -386,11 +344,9 @@ _statics_lock = threading.RLock()  # or two threads could make two of the same
 
 def _tree(rows: _Rows) -> StateTree:
     paths = tuple(_in_order(rows))
-    spec = paths, tuple([rows[path][0] for path in paths])
+    contents = paths, tuple([rows[path][0] for path in paths])
     with _statics_lock:
-        static = _statics.get(spec)
-        if static is None:
-            static = _statics[spec] = _Static(*spec)
+        static = _statics.get(contents) or _statics.setdefault(contents, _Static(*contents))
     return _with_values(static, [rows[path][1] for path in paths])
 
 
@@ -406,9 +362,8 @@ def _rows(tree: StateTree) -> _Rows:
     return dict(zip(tree._static.paths, zip(tree._static.entries, tree._values)))
 
 
-def _box(entry: _Entry, value: Any, box: State | None = None) -> State:
-    """Load a box, by default one made without its kind's ``__init__``, which may take anything."""
-    box = object.__new__(State) if box is None else box
+def _load(box: State, entry: _Entry, value: Any) -> State:
+    """Fill a box, which need not be of the right kind, nor have been initialised."""
     box.__class__, box.tag, box.mapped = entry  # type: ignore[assignment]
     box.value = _fresh(value)
     return box
@@ -437,14 +392,13 @@ class StateTree(Mapping[Path, Any]):
     come in a canonical order; they, the kinds, tags and mapped counts are static (treedef). Trees
     compare and hash by identity. ``a | b`` is the union, in which ``b`` wins.
 
-    >>> a = StateTree({'layers.0.weight': ParamState(jnp.ones((2, 3)))})
-    >>> b = a | StateTree({'layers.0.h': HiddenState({'v': jnp.zeros(3)})})
-    >>> b
-    path             kind         value         mapped
-    layers.0.h       HiddenState  v float32[3]  0
-    layers.0.weight  ParamState   float32[2,3]  0
-    >>> jax.tree.map(jnp.shape, b)['layers', 0, 'weight']
-    (2, 3)
+    >>> tree = StateTree({'layers.0.weight': ParamState({'w': jnp.ones((2, 3)), 'b': 0.})})
+    >>> tree | StateTree({'layers.0.h': HiddenState(jnp.zeros(3))})
+    path             kind         value                        mapped
+    layers.0.h       HiddenState  float32[3]                   0
+    layers.0.weight  ParamState   b float32[], w float32[2,3]  0
+    >>> jax.tree.map(jnp.shape, tree)['layers', 0, 'weight']
+    {'b': (), 'w': (2, 3)}
 
     Raises `TypeError` for a path, a box or a leaf of another type. A look-up raises `KeyError` if
     no state has the path, or if several share the dotted name.
@@ -463,26 +417,25 @@ class StateTree(Mapping[Path, Any]):
                 raise TypeError("expected a tuple path, or a dotted name, and a State; "
                                 f"got {path!r} and {type(box).__name__}")
             try:
-                value = _fresh(box.value, _as_array)
+                rows[path] = (type(box), box.tag, box.mapped), _fresh(box.value, _as_array)
             except TypeError as error:
                 raise TypeError(f"no array in {_sites([(path, box)])}: {error}") from error
-            rows[path] = (type(box), box.tag, box.mapped), value
         tree = _tree(rows)
         self._static, self._values = tree._static, tree._values
 
     def __getitem__(self, path: Path | str) -> Any:
-        static = self._static
-        paths = static.named.get(path, []) if isinstance(path, str) else [path]
-        if len(paths) == 1 and paths[0] in static.positions:
-            return _fresh(self._values[static.positions[paths[0]]])
-        if len(paths) > 1:
-            raise KeyError(f"{path!r} names several states; look up one of the paths {paths}")
+        positions, paths = self._static.found.get(path, []), self._static.paths
+        if len(positions) == 1:
+            return _fresh(self._values[positions[0]])
+        if positions:
+            raise KeyError(f"{path!r} names several states; look up one of the paths "
+                           f"{[paths[position] for position in positions]}")
         name = path if isinstance(path, str) else _dotted(path)
-        close = difflib.get_close_matches(name, static.named, cutoff=0)
+        close = difflib.get_close_matches(name, map(_dotted, paths), cutoff=0)
         raise KeyError(f"no state {name!r}; the closest are {close}")
 
     def __contains__(self, path: object) -> bool:
-        return path in self._static.positions or len(self._static.named.get(path, [])) == 1
+        return len(self._static.found.get(path, [])) == 1  # type: ignore[call-overload]
 
     def __iter__(self) -> Iterator[Path]:
         return iter(self._static.paths)
@@ -490,8 +443,7 @@ class StateTree(Mapping[Path, Any]):
     def __len__(self) -> int:
         return len(self._values)
 
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
     def __or__(self, other: StateTree) -> StateTree:
         return _tree(_rows(self) | _rows(other)) if isinstance(other, StateTree) else NotImplemented
@@ -508,7 +460,7 @@ class StateTree(Mapping[Path, Any]):
 
     def states(self) -> dict[Path, State]:
         """Fresh boxes with the kinds, tags, mapped counts and values of this tree."""
-        return {path: _box(*row) for path, row in _rows(self).items()}
+        return {path: _load(object.__new__(State), *row) for path, row in _rows(self).items()}
 
 
 jax.tree_util.register_pytree_with_keys(
@@ -516,13 +468,13 @@ jax.tree_util.register_pytree_with_keys(
     lambda tree: ([(jax.tree_util.DictKey(_dotted(path)), value)
                    for path, value in zip(tree, tree._values)], tree._static),
     _with_values,
-    operator.attrgetter("_values", "_static"),
-)
+    lambda tree: (tree._values, tree._static))
 
 
-def _tree_leaves(state: StateTree) -> list[tuple[Path, Any]]:
-    """The leaves of a tree with full paths, in the order in which JAX flattens it."""
-    return [leaf for path, (_, value) in _rows(state).items() for leaf in _leaves(value, path)]
+def _tree_leaves(state: StateTree) -> dict[Path, Any]:
+    """The leaves of a tree by full path, in the order in which JAX flattens it."""
+    return {leaf_path: leaf for path, (_, value) in _rows(state).items()
+            for leaf_path, leaf in _leaves(value, path)}
 
 
 def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
@@ -530,33 +482,38 @@ def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
 
     A callable filter is given each path with a fresh `State` box.
 
-    >>> whole = StateTree({'w': ParamState(jnp.ones(2)), 'h': HiddenState(jnp.zeros(2))})
-    >>> params, rest = partition(whole, ParamState)
-    >>> jax.grad(lambda params: jnp.sum((params | rest)['w'] ** 2))(params)['w']
-    Array([2., 2.], dtype=float32)
+    >>> params, rest = partition(StateTree({'w': ParamState(1.), 'h': HiddenState(0.)}), ParamState)
+    >>> list(params), list(rest)
+    ([('w',)], [('h',)])
     """
-    chosen = _predicate(filter)
+    chosen, boxes = _predicate(filter), state.states() if isinstance(state, StateTree) else {}
     matching, rest = {}, {}
     for path, row in _rows(state).items():
-        (matching if chosen(path, _box(*row)) else rest)[path] = row
+        (matching if chosen(path, boxes[path]) else rest)[path] = row
     return _tree(matching), _tree(rest)
 
 
 def flat_dict(state: StateTree) -> dict[str, Any]:
     """All leaves by dotted name, as npz and safetensors want them; typed keys as their data.
 
-    >>> tree = StateTree({'layers.0': ParamState({'bias': jnp.zeros(2), 'weight': jnp.ones(2)})})
-    >>> list(flat_dict(tree))
-    ['layers.0.bias', 'layers.0.weight']
-
     Raises `ValueError` if leaves share one dotted name.
+
+    >>> list(flat_dict(StateTree({'layers.0': ParamState({'bias': 0., 'weight': 1.})})))
+    ['layers.0.bias', 'layers.0.weight']
     """
-    leaves = dict(_tree_leaves(state))
+    leaves = _tree_leaves(state)
     named = _by_name(leaves)
     if shared := [paths for paths in named.values() if len(paths) > 1]:
         raise ValueError(f"leaves share one dotted name: {shared}; rename a key of one of them")
     return {name: jax.random.key_data(leaves[path]) if _is_key(leaves[path]) else leaves[path]
             for name, [path] in named.items()}
+
+
+def _by_name(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    named: dict[str, list[Path]] = {}
+    for path in paths:
+        named.setdefault(_dotted(path), []).append(path)
+    return named
 
 
 def _is_key(leaf: Any) -> bool:
@@ -568,36 +525,30 @@ def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
 
     A mask of shape ``(n,)`` chooses along the first axis of each leaf: among the members of an
     ensemble, or the episodes of a batch. Leaves that are the same object in both trees, such as
-    parameters that a reset leaves alone, are kept, whatever their shape.
+    parameters that a reset leaves alone, are kept, whatever their shape. Raises `ValueError` if
+    the trees differ in more than their values, or if another leaf does not begin with those axes.
 
-    >>> old = StateTree({'h': HiddenState(jnp.ones((2, 3)))})
-    >>> where(jnp.array([True, False]), jax.tree.map(jnp.zeros_like, old), old)['h']
-    Array([[0., 0., 0.],
-           [1., 1., 1.]], dtype=float32)
-
-    Raises `ValueError` if the trees differ in more than their values, or if a leaf that differs
-    does not lead with the axes of the mask.
+    >>> old = StateTree({'h': HiddenState(jnp.ones(2))})
+    >>> where([True, False], jax.tree.map(jnp.zeros_like, old), old)['h']
+    Array([0., 1.], dtype=float32)
     """
-    mask = jnp.asarray(mask)
     _check_alike(new, old)
-    if unfit := [f"{_dotted(path)!r} {_described(leaf)}"
-                 for (path, leaf), fresh in zip(_tree_leaves(old), jax.tree.leaves(new))
-                 if leaf is not fresh and leaf.shape[:mask.ndim] != mask.shape]:
-        raise ValueError(f"the mask has shape {mask.shape}, with which {', '.join(unfit)} "
-                         "would have to begin, or be the same object in both trees")
+    mask = jnp.asarray(mask)
+    pairs = zip(_tree_leaves(old).items(), jax.tree.leaves(new))
+    if unfit := [f"{_dotted(path)!r} {_described(leaf)}" for (path, leaf), other in pairs
+                 if leaf is not other and leaf.shape[:mask.ndim] != mask.shape]:
+        raise ValueError(f"the axes {mask.shape} of the mask do not lead in {', '.join(unfit)}")
     return jax.tree.map(lambda fresh, leaf: leaf if leaf is fresh else jnp.where(
         jnp.expand_dims(mask, range(mask.ndim, leaf.ndim)), fresh, leaf), new, old)
 
 
 def _check_alike(*states: StateTree) -> None:
-    """Raise unless all trees have the same states, with leaves of the same shapes and dtypes."""
     first, *others = [{path: (entry, jax.tree.structure(value), _described(value))
                        for path, (entry, value) in _rows(state).items()} for state in states]
     if unlike := {path for each in others for path in first | each
                   if first.get(path) != each.get(path)}:
-        names = ", ".join(repr(_dotted(path)) for path in _in_order(unlike))
-        raise ValueError("only the values of the trees may differ, but their states, kinds, tags, "
-                         f"mapped counts, shapes or dtypes do at {names}")
+        raise ValueError("only the values of the trees may differ, not states, kinds, tags, mapped "
+                         f"counts, shapes or dtypes, as at {[*map(_dotted, _in_order(unlike))]}")
 
 
 # ---- Copy, snapshot, restore ---------------------------------------------------------------------
@@ -607,11 +558,10 @@ def snapshot(module: Any) -> StateTree:
     """The states of a module as a tree, each shared state once, under its first path.
 
     >>> model = Module()
-    >>> model.w = ParamState(np.ones(2, np.float32))
-    >>> tree = snapshot(model)
-    >>> model.w.value[:] = 7
-    >>> tree['w']
-    Array([1., 1.], dtype=float32)
+    >>> model.w = model.tied = ParamState(np.ones(2))
+    >>> snapshot(model)
+    path  kind        value       mapped
+    w     ParamState  float32[2]  0
     """
     return StateTree(dict(_walk(module).states))
 
@@ -621,9 +571,7 @@ def restore(module: T, state: StateTree) -> T:
 
     States that the tree lacks keep their values; states that the module lacks are created.
 
-    >>> model = Module()
-    >>> model.w = ParamState(jnp.zeros(2))
-    >>> restore(model, jax.tree.map(jnp.ones_like, snapshot(model))).w.value
+    >>> restore(Module(), StateTree({'h': HiddenState(jnp.ones(2))})).h.value
     Array([1., 1.], dtype=float32)
     """
     _fill(module, dict(_walk(module).states), state)
@@ -632,28 +580,26 @@ def restore(module: T, state: StateTree) -> T:
 
 def _fill(root: Any, boxes: dict[Path, State], state: StateTree) -> None:
     """Load a tree into the boxes of a graph; add the boxes that the graph lacks, at their paths."""
-    beyond = []
-    for path, (entry, value) in _rows(state).items():
+    made, beyond = [], []
+    for path, row in _rows(state).items():
         if path not in boxes:
             boxes[path] = object.__new__(State)
             beyond.append(path)
-        _box(entry, value, boxes[path])
-    made = []
+        _load(boxes[path], *row)
     for path in beyond:
         holder = root
-        for step, following in itertools.pairwise(path):
-            child = _part(holder, step)
-            if isinstance(child, tuple) and not _is_holder(_part(child, following)):
-                child = _put(holder, step, list(child))  # since it is about to change
-            elif not _is_holder(child) or (
-                    isinstance(child, list) and not isinstance(following, int)):
-                child = _put(holder, step, {})
-                made.append((holder, step, child))
-            holder = child
+        for step, following in zip(path, path[1:]):
+            part = _part(holder, step)
+            if isinstance(part, tuple) and not _is_holder(_part(part, following)):
+                part = _put(holder, step, list(part))  # since it is about to change
+            elif not _is_holder(part) or isinstance(part, list) and not isinstance(following, int):
+                part = _put(holder, step, {})
+                made.append((holder, step, part))
+            holder = part
         _put(holder, path[-1], boxes[path])
-    for holder, step, child in reversed(made):  # inner ones first
-        if list(child) == list(range(len(child))):
-            _put(holder, step, list(child.values()))
+    for holder, step, part in reversed(made):  # inner ones first
+        if list(part) == list(range(len(part))):
+            _put(holder, step, list(part.values()))
 
 
 def _part(holder: Any, step: Any) -> Any:
@@ -663,11 +609,11 @@ def _part(holder: Any, step: Any) -> Any:
     return (vars(holder) if isinstance(holder, Module) else holder).get(step)
 
 
-def _put(holder: Any, step: Any, thing: T) -> T:
+def _put(holder: Any, step: Any, part: T) -> T:
     if isinstance(holder, list):
         holder += [None] * (step + 1 - len(holder))
-    (vars(holder) if isinstance(holder, Module) else holder)[step] = thing
-    return thing
+    (vars(holder) if isinstance(holder, Module) else holder)[step] = part
+    return part
 
 
 @_collector_paused()
@@ -677,41 +623,40 @@ def _copied(graph: _Graph, state: StateTree) -> tuple[Any, dict[int, Any], dict[
     The objects go by the ids of the originals. All but modules, states, lists, dicts and tuples
     is shared. Raises `ValueError` listing the states of the graph that the tree lacks.
     """
-    rows = _rows(state)
+    rows, copies, boxes = _rows(state), {}, {}
     if lacking := [(path, box) for path, box in graph.states if path not in rows]:
         raise ValueError(f"the state tree lacks {_sites(lacking)}, which the module has; "
                          "pass the whole tree, such as `params | rest`")
-    copies: dict[int, Any] = {}
-    boxes = {}
     for path, box in graph.states:
-        boxes[path] = copies[id(box)] = twin = object.__new__(type(box))
-        vars(twin).update(vars(box))
+        boxes[path] = copies[id(box)] = new = object.__new__(type(box))
+        vars(new).update(vars(box))
     parts = []  # attributes, dicts and lists, with the copies that are to hold copies of the parts
     for _, module in graph.modules:
-        copies[id(module)] = twin = object.__new__(type(module))
-        parts.append((vars(module), vars(twin)))
-    for _, part in graph.containers:
-        if not isinstance(part, tuple):
-            copies[id(part)] = twin = copy.copy(part)
-            parts.append((part, twin))
+        copies[id(module)] = new = object.__new__(type(module))
+        parts.append((vars(module), vars(new)))
+    for _, old in graph.containers:
+        if not isinstance(old, tuple):
+            copies[id(old)] = copy.copy(old)
+            parts.append((old, copies[id(old)]))
     for method in graph.methods:
         if id(method.__self__) in copies:
             copies[id(method)] = types.MethodType(method.__func__, copies[id(method.__self__)])
-    tuples = [part for _, part in graph.containers if isinstance(part, tuple)]
+    tuples = [old for _, old in graph.containers if isinstance(old, tuple)]
     for old in tuples:
         if any(isinstance(part, tuple) and id(part) not in copies for part in old):
             tuples.append(old)  # to come again, after the tuples in it
             continue
         new = [copies.get(id(part), part) for part in old]
-        changed = any(map(operator.is_not, new, old))
+        changed = any(part is not other for part, other in zip(old, new))
         copies[id(old)] = tuple.__new__(type(old), new) if changed else old
     for old, new in parts:
         if isinstance(old, list):
             new[:] = [copies.get(id(part), part) for part in old]
         else:
             new.update({name: copies.get(id(part), part) for name, part in old.items()})
-    _fill(copies[id(graph.root)], boxes, state)
-    return copies[id(graph.root)], copies, boxes
+    root = copies[id(graph.root)]
+    _fill(root, boxes, state)
+    return root, copies, boxes
 
 
 # ---- The call engine -----------------------------------------------------------------------------
@@ -725,14 +670,11 @@ MAX_ORDER = 10
 def call_order(level: int = 0, check_order_boundary: bool = True) -> Callable[[T], T]:
     """Decorate a method to run at a level: after all undecorated ones, lower levels first.
 
-    >>> class Buffer(Module):
-    ...     @call_order(1)
-    ...     def reset_state(self): ...
-    >>> Buffer.reset_state.call_order
-    1
-
     Raises `TypeError` unless the level is an int, and `ValueError` unless it lies in
     ``[0, MAX_ORDER)`` or ``check_order_boundary=False``.
+
+    >>> call_order(1)(lambda self: None).call_order
+    1
     """
     if not isinstance(level, int) or isinstance(level, bool):
         raise TypeError(f"call_order takes an int, as in @call_order(1); got {level!r}")
@@ -756,7 +698,11 @@ class _Plan(NamedTuple):
     steps: list[tuple[float, Path, Module, bool]]  # level, node, whether the method takes a key
 
 
-def _plan(nodes: Iterable[tuple[Path, Module]], fn_name: str, args: Any = (), kwargs: Kwargs = None,
+_ABSENT = ("is no method of {}; define it, exclude these nodes with node_to_exclude, or pass "
+           "fn_if_not_exist='pass'")
+
+
+def _plan(nodes: list[tuple[Path, Module]], fn_name: str, args: Any = (), kwargs: Kwargs = None,
           node_to_exclude: Filter = None, fn_if_not_exist: str = "raise", key: Key = None) -> _Plan:
     """Check all that can be checked before the first method runs."""
     if not isinstance(fn_name, str) or not isinstance(kwargs, (Mapping, type(None))):
@@ -766,9 +712,9 @@ def _plan(nodes: Iterable[tuple[Path, Module]], fn_name: str, args: Any = (), kw
         raise ValueError(f"fn_if_not_exist is 'raise', 'warn' or 'pass'; got {fn_if_not_exist!r}")
     plan = _Plan(fn_name, args if isinstance(args, tuple) else (args,), kwargs or {}, key, [])
     if key is not None:
-        _check_key(key, plan)
+        _check_key(key, plan.kwargs)
+    excluded = _predicate(node_to_exclude)
     if node_to_exclude is not None:
-        excluded = _predicate(node_to_exclude)
         nodes = [(path, node) for path, node in nodes if not excluded(path, node)]
     faults: dict[str, list[tuple[Path, Module]]] = {}
     uses: dict[int, Any] = {}  # by function, so that one look serves all nodes that share it
@@ -783,55 +729,48 @@ def _plan(nodes: Iterable[tuple[Path, Module]], fn_name: str, args: Any = (), kw
             faults.setdefault(fault, []).append((path, node))
         else:
             plan.steps.append((level, path, node, takes_key))
-    if fn_if_not_exist in ("pass", "none"):
-        faults.pop(_ABSENT, None)
-    elif fn_if_not_exist == "warn" and set(faults) == {_ABSENT}:
-        warnings.warn(f"{fn_name!r} {_ABSENT.format(_sites(faults.pop(_ABSENT)))}", stacklevel=3)
+    absent = faults.pop(_ABSENT, []) if fn_if_not_exist != "raise" else []
     for fault, places in faults.items():
         error = AttributeError if fault is _ABSENT else TypeError
         raise error(f"{fn_name!r} {fault.format(_sites(places))}")
-    plan.steps.sort(key=operator.itemgetter(0))  # stable
+    if absent and fn_if_not_exist == "warn":
+        warnings.warn(f"{fn_name!r} {_ABSENT.format(_sites(absent))}", stacklevel=3)
+    plan.steps.sort(key=lambda step: step[0])  # stable
     return plan
 
 
-_ABSENT = ("is no method of {}; define it, exclude these nodes with node_to_exclude, or pass "
-           "fn_if_not_exist='pass'")
-_UNCALLABLE = "is an attribute, but no method, of {}"
-_KEYLESS = "requires a key on {}; pass key=jax.random.key(0)"
-
-
-def _check_key(key: Key, plan: _Plan) -> None:
+def _check_key(key: Key, kwargs: Mapping[str, Any]) -> None:
     legacy = getattr(key, "dtype", None) == np.uint32
     if not (legacy or _is_key(key)) or np.ndim(key) != legacy:
         raise TypeError(f"key= is one PRNG key, as of jax.random.key(0); got {_described(key)}")
-    if "key" in plan.kwargs:
+    if "key" in kwargs:
         raise TypeError("a key came both as key=, which gives each node its own, and in kwargs=, "
                         "which gives all nodes the same; pass one of them")
 
 
 def _use(method: Any, function: Any, plan: _Plan) -> tuple[float, bool, str, Any]:
-    """The level of a method, whether it takes a key, and what is wrong with it, if anything."""
-    level, takes_key, fault = getattr(function, "call_order", -math.inf), False, ""
+    """The level of a method, whether it takes a key, what is wrong with it, and its function."""
+    level, takes_key, fault = getattr(function, "call_order", float("-inf")), False, ""
     if not callable(method):
-        return level, False, _ABSENT if method is _ABSENT else _UNCALLABLE, function
+        fault = _ABSENT if method is _ABSENT else "is an attribute, but no method, of {}"
+        return level, False, fault, function
     try:
         parameters = list(inspect.signature(method).parameters.values())
     except ValueError:  # a builtin that does not tell
         parameters = []
-    for position, parameter in enumerate(parameters):
-        by_position = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        if parameter.kind is parameter.VAR_KEYWORD:
+    for position, each in enumerate(parameters):
+        if each.kind is each.VAR_KEYWORD:
             takes_key = True
-        elif parameter.name == "key" and (by_position or parameter.kind is parameter.KEYWORD_ONLY):
+        elif each.name == "key" and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
             takes_key = True
-            given = "key" in plan.kwargs or (by_position and position < len(plan.args))
-            if parameter.default is parameter.empty and not given and plan.key is None:
-                fault = _KEYLESS
-    return level, takes_key, fault, function  # which must outlive the use of its id
+            by_position = each.kind is each.POSITIONAL_OR_KEYWORD and position < len(plan.args)
+            if each.default is each.empty and not by_position and "key" not in plan.kwargs:
+                fault = "requires a key on {}; pass key=jax.random.key(0)" * (plan.key is None)
+    return level, takes_key, fault, function  # which stays alive, and so keeps its id
 
 
-def _run(plan: _Plan, copies: Mapping[int, Any] | None = None) -> dict[Path, Any]:
-    """Run a plan on its nodes, or on copies of them: outputs by path, without None."""
+def _run(plan: _Plan, copies: Mapping[int, Any] | None = None) -> Outputs:
+    """Run a plan on its nodes, or on copies of them."""
     outputs = {}
     fn_name, args, kwargs, key, steps = plan
     for _, path, node, takes_key in steps:
@@ -863,30 +802,28 @@ def _fold_in(key: Key, words: Any) -> Key:
 @contextmanager
 def _axes_kept(boxes: Iterable[tuple[Path, State]], fn_name: str) -> Iterator[None]:
     """Raise if what runs meanwhile changes the mapped axes of a box."""
-
     def axes(box: State, mapped: int) -> set[tuple[int, ...]]:
         return {np.shape(leaf)[:mapped] for leaf in jax.tree.leaves(box.value)}
 
-    before = [(path, box, box.mapped, axes(box, box.mapped)) for path, box in boxes if box.mapped]
+    old = [(path, box, box.mapped, axes(box, box.mapped)) for path, box in boxes if box.mapped]
     yield
-    if changed := [(path, box) for path, box, mapped, old in before if not axes(box, mapped) <= old]:
+    if changed := [(path, box) for path, box, mapped, kept in old if not axes(box, mapped) <= kept]:
         pure = {"init_state": "vmap_init", "reset_state": "vmap_reset"}.get(fn_name)
         forms = f"{pure} or {pure}_all_states" if pure else "vmap_apply or vmap_call_all(_fns)"
         raise ValueError(f"{fn_name!r} ran once for all members and changed the leading axes of "
                          f"{_sites(changed)}; run it once per member, with {forms}")
 
 
-def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan) -> tuple[Any, Any, Any]:
-    """Run a plan on a copy: the outputs, the states before, and the states after, by path."""
-    root, nodes, boxes = _copied(graph, state)
-    with _axes_kept(boxes.items(), plan.fn_name):
-        outputs = _run(plan, nodes)
-    after = _walk(root)
-    known = {id(node) for node in nodes.values()}
+def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan) -> tuple[Outputs, Any, Any]:
+    """Run a plan on a copy: the outputs, the boxes before, and the boxes after, by path."""
+    root, copies, before = _copied(graph, state)
+    with _axes_kept(before.items(), plan.fn_name):
+        outputs = _run(plan, copies)
+    after, known = _walk(root), {id(each) for each in copies.values()}
     if created := [(path, node) for path, node in after.modules if id(node) not in known]:
         raise ValueError(f"{plan.fn_name!r} created modules, which no state tree can hold: "
                          f"{_sites(created)}; create modules in __init__, states in init_state")
-    return outputs, boxes, dict(after.states)
+    return outputs, before, dict(after.states)
 
 
 # ---- Pure calls ----------------------------------------------------------------------------------
@@ -896,16 +833,13 @@ def apply(module: Module, state: StateTree, *args: Any, method: str = "__call__"
           **kwargs: Any) -> tuple[Any, StateTree]:
     """Call one method of the root module: ``(output, state)``, with a new tree.
 
-    >>> class Counter(Module):
-    ...     def update(self, by):
-    ...         self.count.value += by
-    ...         return 2 * self.count.value
-    >>> output, state = apply(Counter(), StateTree({'count': State(jnp.array(0))}), 5)
-    >>> int(output), int(state['count'])
-    (10, 5)
-
     Raises `ValueError` if the tree lacks a state of the module, if the method creates modules,
     or if it changes the leading axes of a mapped state.
+
+    >>> class Counter(Module):
+    ...     def update(self, by): self.count.value += by
+    >>> apply(Counter(), StateTree({'count': State(jnp.array(0))}), 5)[1]['count'].item()
+    5
     """
     graph = _walk(module)
     outputs, _, after = _run_on_copy(graph, state, _plan(_root_of(graph), method, args, kwargs))
@@ -921,7 +855,7 @@ def _root_of(graph: _Graph) -> list[tuple[Path, Module]]:
 
 def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs: Kwargs = None, *,
              node_to_exclude: Filter = None, fn_if_not_exist: str = "raise",
-             key: Key = None) -> tuple[dict[Path, Any], StateTree]:
+             key: Key = None) -> tuple[Outputs, StateTree]:
     """Call a method on every node: ``(outputs, state)``, with outputs by path and a new tree.
 
     Outputs come in call order, without those that are None. With ``key``, each node whose method
@@ -929,8 +863,7 @@ def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs
     node's path alone. ``fn_if_not_exist`` is 'raise', 'warn' or 'pass' (or 'none').
 
     >>> class Layer(Module):
-    ...     def norm(self, power):
-    ...         return jnp.sum(self.w.value ** power)
+    ...     def norm(self, power): return jnp.sum(self.w.value ** power)
     >>> call_all([Layer()], StateTree({'0.w': ParamState(jnp.ones(3))}), 'norm', 2)[0]
     {(0,): Array(3., dtype=float32)}
 
@@ -952,12 +885,10 @@ def init(module: Any, *args: Any, node_to_exclude: Filter = None, key: Key = Non
     Raises what `call_all` raises.
 
     >>> class Cell(Module):
-    ...     def init_state(self, size, key):
-    ...         self.h = HiddenState(jax.random.normal(key, (size,)))
-    >>> init([Cell(), Cell()], 3, key=jax.random.key(0))
+    ...     def init_state(self, key): self.h = HiddenState(jax.random.normal(key, (3,)))
+    >>> init([Cell()], key=jax.random.key(0))
     path  kind         value       mapped
     0.h   HiddenState  float32[3]  0
-    1.h   HiddenState  float32[3]  0
     """
     return call_all(module, snapshot(module), "init_state", args, kwargs,
                     node_to_exclude=node_to_exclude, key=key)[1]
@@ -968,8 +899,7 @@ def reset(module: Any, state: StateTree, *args: Any, node_to_exclude: Filter = N
     """Call ``reset_state`` on every node: a new tree. Raises what `call_all` raises.
 
     >>> class Cell(Module):
-    ...     def reset_state(self):
-    ...         self.h.value = jnp.zeros(2)
+    ...     def reset_state(self): self.h.value = jnp.zeros(2)
     >>> reset(Cell(), StateTree({'h': HiddenState(jnp.ones(2))}))['h']
     Array([0., 0.], dtype=float32)
     """
@@ -989,7 +919,8 @@ def vmap_apply(module: Module, state: StateTree, *args: Any, in_axes: Any = 0,
     by all members: pass the members' keys by position. Outputs are ``(axis_size, *shape)``.
     Raises what `apply` and `vmap_call_all` raise.
 
-    >>> class Square(Module): update = lambda self, x: x ** 2
+    >>> class Square(Module):
+    ...     def update(self, x): return x ** 2
     >>> vmap_apply(Square(), StateTree({}), jnp.arange(3), axis_size=3)[0]
     Array([0, 1, 4], dtype=int32)
     """
@@ -1003,7 +934,7 @@ def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), k
                   *, axis_size: int | None = None, in_axes: Any = None,
                   node_to_exclude: Filter = None, state_to_exclude: Filter = None,
                   state_tag: Hashable = None, fn_if_not_exist: str = "raise",
-                  key: Key = None) -> tuple[dict[Path, Any], StateTree]:
+                  key: Key = None) -> tuple[Outputs, StateTree]:
     """Call a method on every node, once per member: ``(outputs, state)``, with a new tree.
 
     Mapped states are seen one member at a time. The others, and those that match
@@ -1012,10 +943,9 @@ def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), k
     none. ``in_axes`` maps ``args``, as in `jax.vmap`; by default they are shared. Member ``i``
     sees the key ``jax.random.split(key, axis_size)[i]``. Outputs are ``(axis_size, *shape)``.
 
-    >>> class Noise(Module): draw = lambda self, scale, key: scale * jax.random.normal(key, (2,))
-    >>> key = jax.random.key(0)
-    >>> outputs, _ = vmap_call_all([Noise()], StateTree({}), 'draw', 0.1, axis_size=5, key=key)
-    >>> outputs[0,].shape
+    >>> class Noise(Module):
+    ...     def draw(self, key): return jax.random.normal(key, (2,))
+    >>> vmap_call_all(Noise(), StateTree({}), 'draw', axis_size=5, key=jax.random.key(0))[0][()].shape
     (5, 2)
 
     Raises what `call_all` raises, and `ValueError` for an ``axis_size`` that is no positive
@@ -1028,15 +958,15 @@ def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), k
 
 
 def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | None, in_axes: Any,
-                 state_to_exclude: Filter = None, state_tag: Hashable = None) -> tuple[Any, StateTree]:
-    """Run a plan under one `jax.vmap`, on a copy that lives inside it."""
+                 state_to_exclude: Filter = None, state_tag: Hashable = None) -> Any:
+    """Run a plan under one `jax.vmap`, on a copy that lives inside it: ``(outputs, state)``."""
     excluded = _predicate(state_to_exclude)
     mapped, shared = partition(state, lambda path, box: box.mapped and not excluded(path, box))
     size = _members(mapped, axis_size)
     keys = None if plan.key is None else jax.random.split(plan.key, size)
     output_paths: list[Path] = []
 
-    def run_member(index: Any, key: Key, mapped: StateTree, args: Any) -> tuple[Any, ...]:
+    def run_member(index: Any, key: Key, mapped: StateTree, args: Any) -> Any:
         member_plan = plan._replace(args=args, key=key)
         outputs, before, after = _run_on_copy(graph, mapped | shared, member_plan)
         output_paths.extend(outputs)
@@ -1050,14 +980,14 @@ def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | 
         return list(outputs.values()), StateTree(own), _same_for_all(index, StateTree(common))
 
     outputs, own, common = jax.vmap(
-        run_member, in_axes=(0, 0, 0, in_axes), out_axes=(0, 0, None), axis_size=size
+        run_member, in_axes=(0, 0, 0, in_axes), out_axes=(0, 0, None), axis_size=size,
     )(jnp.arange(size), keys, _with_axes(mapped, -1), plan.args)
     return dict(zip(output_paths, outputs)), _with_axes(own, +1) | common
 
 
 def _members(mapped: StateTree, axis_size: Any = None) -> int:
     """The number of members that an argument and the mapped states agree on."""
-    sizes = {path: np.shape(leaf)[:1] for path, leaf in _tree_leaves(mapped)}
+    sizes = {path: np.shape(leaf)[:1] for path, leaf in _tree_leaves(mapped).items()}
     if axis_size is None and not sizes:
         raise ValueError("no state is mapped that could tell the number of members; pass axis_size=")
     size = next(iter(sizes.values()))[0] if axis_size is None else axis_size
@@ -1080,7 +1010,6 @@ def _same_for_all(index: Any, common: StateTree) -> StateTree:
     JAX tells the batching rule of a function which operands differ. It runs the rule for the
     innermost vmap that any operand depends on, so ``index`` makes that the one meant here.
     """
-
     @jax.custom_batching.custom_vmap
     def unchanged(index: Any, common: StateTree) -> StateTree:
         return common
@@ -1106,14 +1035,12 @@ def vmap_init(module: Any, *args: Any, axis_size: int | None, in_axes: Any = Non
 
     >>> class Cell(Module):
     ...     def init_state(self, key): self.h = HiddenState(jax.random.normal(key, (3,)))
-    >>> vmap_init(Cell(), axis_size=4, key=jax.random.key(0))
-    path  kind         value         mapped
-    h     HiddenState  float32[4,3]  1
+    >>> vmap_init(Cell(), axis_size=4, key=jax.random.key(0))['h'].shape
+    (4, 3)
     """
-    return vmap_call_all(
-        module, snapshot(module), "init_state", args, kwargs, axis_size=axis_size, in_axes=in_axes,
-        node_to_exclude=node_to_exclude, state_to_exclude=state_to_exclude, state_tag=state_tag,
-        key=key)[1]
+    return vmap_call_all(module, snapshot(module), "init_state", args, kwargs, axis_size=axis_size,
+                         in_axes=in_axes, node_to_exclude=node_to_exclude, key=key,
+                         state_to_exclude=state_to_exclude, state_tag=state_tag)[1]
 
 
 def vmap_reset(module: Any, state: StateTree, *args: Any, axis_size: int | None = None,
@@ -1123,14 +1050,12 @@ def vmap_reset(module: Any, state: StateTree, *args: Any, axis_size: int | None 
 
     >>> class Cell(Module):
     ...     def reset_state(self): self.h.value = jnp.zeros(3)  # of one member
-    >>> single = StateTree({'h': HiddenState(jnp.ones(3))})
-    >>> vmap_reset(Cell(), stack(single, single))['h'].shape
-    (2, 3)
+    >>> vmap_reset(Cell(), stack(StateTree({'h': HiddenState(jnp.ones(3))})))['h'].shape
+    (1, 3)
     """
-    return vmap_call_all(
-        module, state, "reset_state", args, kwargs, axis_size=axis_size, in_axes=in_axes,
-        node_to_exclude=node_to_exclude, state_to_exclude=state_to_exclude, state_tag=state_tag,
-        key=key)[1]
+    return vmap_call_all(module, state, "reset_state", args, kwargs, axis_size=axis_size,
+                         in_axes=in_axes, node_to_exclude=node_to_exclude, key=key,
+                         state_to_exclude=state_to_exclude, state_tag=state_tag)[1]
 
 
 def stack(*states: StateTree) -> StateTree:
@@ -1138,8 +1063,7 @@ def stack(*states: StateTree) -> StateTree:
 
     Raises `ValueError` without trees, or if they differ in more than their values.
 
-    >>> single = StateTree({'h': HiddenState(jnp.zeros(3))})
-    >>> stack(single, single)['h'].shape
+    >>> stack(*[StateTree({'h': HiddenState(jnp.zeros(3))})] * 2)['h'].shape
     (2, 3)
     """
     if not states:
@@ -1151,19 +1075,17 @@ def stack(*states: StateTree) -> StateTree:
 def member(state: StateTree, i: Any) -> StateTree:
     """Member ``i`` of an ensemble as a single tree. A traced ``i`` is clamped, as JAX does.
 
-    Raises `ValueError` if no state is mapped, `TypeError` unless ``i`` is one integer, and
-    `IndexError` if it is out of range.
+    Raises `TypeError` unless ``i`` is one integer, and `IndexError` if it is out of range.
 
-    >>> ensemble = stack(*(StateTree({'h': HiddenState(jnp.zeros(2) + i)}) for i in range(3)))
-    >>> member(ensemble, -1)['h']
-    Array([2., 2.], dtype=float32)
+    >>> member(stack(*[StateTree({'h': HiddenState(float(i))}) for i in range(3)]), -1)['h'].item()
+    2.0
     """
     mapped, shared = partition(state, lambda path, box: box.mapped)
-    size = _members(mapped)
-    if np.ndim(i) or not jnp.issubdtype(jnp.result_type(i), np.integer):
+    integral = isinstance(i, (int, np.integer, jax.Array)) and not isinstance(i, bool)
+    if not integral or np.ndim(i) or not jnp.issubdtype(jnp.result_type(i), np.integer):
         raise TypeError(f"a member is chosen by one integer; got {_described(i)}")
-    if not isinstance(i, jax.Array) and not -size <= i < size:
-        raise IndexError(f"member {i} of {size}")
+    if mapped and not isinstance(i, jax.Array) and not -_members(mapped) <= i < _members(mapped):
+        raise IndexError(f"member {i} of {_members(mapped)}")
     return _with_axes(jax.tree.map(lambda leaf: leaf[i], mapped), -1) | shared
 
 
@@ -1194,7 +1116,7 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
     (float into int, complex into float) or that is no array; `ValueError` for a dotted name that
     several leaves share, which tuple paths tell apart; `TypeError` for what is no mapping.
     """
-    old, new, unexpected = dict(_tree_leaves(state)), {}, {}
+    old, new, unexpected = _tree_leaves(state), {}, []
     named = _by_name(old)
     for snapshot in snapshots:
         if not isinstance(snapshot, Mapping):
@@ -1202,7 +1124,7 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
         for key, value in snapshot.items():
             found, strange = _matched(key, value, state, named)
             new.update(found)
-            unexpected.update(dict.fromkeys(strange))
+            unexpected += strange
     fitted = {path: _fitted(leaf, old[path]) for path, leaf in new.items()}
     if unfit := [f"{_dotted(path)!r} expected {_described(old[path])}, got {_described(new[path])}"
                  for path in _in_order(fitted) if fitted[path] is None]:
@@ -1213,7 +1135,7 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
         lost = [leaf_path for leaf_path in leaves if leaf_path not in fitted]
         missing += [path] if lost and lost == leaves else lost
     assigned = jax.tree.unflatten(jax.tree.structure(state), list((old | fitted).values()))
-    return Assigned(assigned, _in_order(unexpected), missing)
+    return Assigned(assigned, _in_order(dict.fromkeys(unexpected)), missing)
 
 
 def _matched(key: Any, value: Any, state: StateTree,
@@ -1224,7 +1146,7 @@ def _matched(key: Any, value: Any, state: StateTree,
     for rest, leaf in _flattened(value):
         paths = named.get(_dotted(start + rest), [])
         if len(paths) > 1 and isinstance(key, tuple):
-            paths = [path for path in paths if path == key + rest]
+            paths = [path for path in paths if path == key + rest] or paths
         if len(paths) > 1:
             raise ValueError(f"{_dotted(start + rest)!r} names several leaves: {paths}; "
                              "use a tuple path as the key")
@@ -1244,14 +1166,20 @@ def _flattened(value: Any) -> Iterator[tuple[Path, Any]]:
     while stack:
         path, value = stack.pop()
         if isinstance(value, Mapping):
-            stack += [(path + (key if isinstance(key, tuple) else (key,)), each)
-                      for key, each in value.items()]
+            stack += [(path + (key if isinstance(key, tuple) else (key,)), part)
+                      for key, part in value.items()]
         else:
             yield from _leaves(value.value if isinstance(value, State) else value, path)
 
 
+_KINDS = (np.bool_, np.unsignedinteger, np.signedinteger, np.floating, np.complexfloating)
+
+
 def _fitted(new: Any, old: Any) -> Any:
     """A value with the dtype, shape and sharding of a leaf; None if it does not fit."""
+    def kind(dtype: Any) -> int:  # casts to a later kind lose nothing of note
+        return next((i for i, each in enumerate(_KINDS) if jnp.issubdtype(dtype, each)), len(_KINDS))
+
     if _is_key(old) and not _is_key(new):
         data = _fitted(new, jax.random.key_data(old))
         return data if data is None else jax.random.wrap_key_data(data, impl=jax.random.key_impl(old))
@@ -1259,21 +1187,13 @@ def _fitted(new: Any, old: Any) -> Any:
         new = np.asarray(new)
         if new.dtype.type is np.void and new.dtype.itemsize == old.dtype.itemsize:
             new = new.view(old.dtype)  # what npz gives back for bfloat16
-    fits = new.dtype == old.dtype or _kind(new.dtype) <= _kind(old.dtype) < len(_KINDS)
+    fits = new.dtype == old.dtype or kind(new.dtype) <= kind(old.dtype) < len(_KINDS)
     if new.shape != old.shape or not fits:
         return None
     new = jnp.array(new, old.dtype, copy=not isinstance(new, jax.Array))
     sharding = getattr(old, "sharding", None)  # a traced array has none
-    moved = sharding is not None and getattr(new, "sharding", None) != sharding
-    return jax.device_put(new, sharding) if moved else new
-
-
-_KINDS = (np.bool_, np.unsignedinteger, np.signedinteger, np.floating, np.complexfloating)
-
-
-def _kind(dtype: Any) -> int:
-    """How far a dtype is down the road of lossless kinds of cast; past its end if not on it."""
-    return next((rank for rank, kind in enumerate(_KINDS) if jnp.issubdtype(dtype, kind)), len(_KINDS))
+    moves = sharding is not None and getattr(new, "sharding", None) != sharding
+    return jax.device_put(new, sharding) if moves else new
 
 
 # ---- In place: the documented API ----------------------------------------------------------------
@@ -1288,11 +1208,11 @@ def call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None,
     in them. Raises what `call_all` raises.
 
     >>> class Counter(Module):
-    ...     def tick(self):
-    ...         self.count.value += 1
-    >>> counter = restore(Counter(), StateTree({'count': State(jnp.array(1))}))
-    >>> call_all_fns(counter, 'tick').count.value
-    Array(2, dtype=int32, weak_type=True)
+    ...     def tick(self): self.count += 1
+    >>> counter = Counter()
+    >>> counter.count = 1
+    >>> call_all_fns(counter, 'tick').count
+    2
     """
     graph = _walk(target)
     plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
@@ -1309,14 +1229,12 @@ def call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None,
 @_collector_paused()
 def _undo(graph: _Graph) -> Callable[[], None]:
     """A function that puts all objects of a graph, and the values of its states, back as now."""
-    parts: list[Any] = [vars(thing) for _, thing in itertools.chain(graph.modules, graph.states)]
+    parts: list[Any] = [vars(thing) for _, thing in [*graph.modules, *graph.states]]
     parts += [part for _, part in graph.containers if not isinstance(part, tuple)]
     values = [box.value for _, box in graph.states if not _is_array_type(type(box.value))]
     for value in values:  # grows by the parts of each
-        if isinstance(value, jax.Array):
-            continue
-        if not isinstance(value, (list, tuple, dict, np.ndarray)):
-            value = getattr(value, "__dict__", ())  # of an instance of a registered class
+        if not isinstance(value, (list, tuple, dict, np.ndarray)):  # an instance of another class
+            value = () if isinstance(value, jax.Array) else getattr(value, "__dict__", ())
         if not isinstance(value, tuple):
             parts.append(value)
         if not isinstance(value, np.ndarray):
@@ -1329,7 +1247,7 @@ def _undo(graph: _Graph) -> Callable[[], None]:
                 part.clear()
                 part.update(kept)
             else:
-                part[...if isinstance(part, np.ndarray) else slice(None)] = kept
+                part[... if isinstance(part, np.ndarray) else slice(None)] = kept
 
     return undo
 
@@ -1340,15 +1258,13 @@ def vmap_call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = 
                       in_axes: Any = None, state_to_exclude: Filter = None, key: Key = None) -> T:
     """`vmap_call_all` whose states are written back into the target, which is returned.
 
-    Only states change; other attributes that the methods set are dropped. Raises what
+    Only states change: other attributes that the methods set are dropped. Raises what
     `vmap_call_all` raises.
 
     >>> class Cell(Module):
-    ...     def start(self, key):
-    ...         self.h = HiddenState(jax.random.normal(key, (3,)))
-    >>> vmap_call_all_fns(Cell(), 'start', axis_size=4, key=jax.random.key(0))
-    Cell
-      h: HiddenState(float32[4,3])
+    ...     def start(self, key): self.h = HiddenState(jax.random.normal(key, (3,)))
+    >>> vmap_call_all_fns(Cell(), 'start', axis_size=4, key=jax.random.key(0)).h
+    HiddenState(float32[4,3])
     """
     return restore(target, vmap_call_all(
         target, snapshot(target), fn_name, args, kwargs, axis_size=axis_size, in_axes=in_axes,
@@ -1404,9 +1320,7 @@ def assign_state_values(target: Any, *state_by_abs_path: Mapping[Any, Any],
                         ) -> tuple[list[Any], list[Path]]:
     """`assign` in place: ``(unexpected, missing)``. Raises what `assign` raises, changing nothing.
 
-    >>> model = Module()
-    >>> model.w = ParamState(jnp.zeros(2))
-    >>> assign_state_values(model, {'w': np.ones(2), 'v': np.ones(2)})
+    >>> assign_state_values(Module(), {'v': np.ones(2)})
     (['v'], [])
     """
     state, unexpected, missing = assign(snapshot(target), *state_by_abs_path)
@@ -1414,56 +1328,45 @@ def assign_state_values(target: Any, *state_by_abs_path: Mapping[Any, Any],
     return unexpected, missing
 
 
-# ---- The demonstration ---------------------------------------------------------------------------
+# ---- The demonstration: python -m collective -----------------------------------------------------
 
 
 class _Cell(Module):
-    """A recurrent cell whose members differ in weights and state."""
+    def __init__(self) -> None:
+        self.leak = LongTermState(0.5)
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.leak = LongTermState(jnp.float32(0.5))
-
-    def init_state(self, *, key: Key) -> None:
-        self.h = HiddenState(jnp.zeros(self.size))
-        self.weight = ParamState(jax.random.normal(key, (self.size, self.size)) / self.size**0.5)
+    def init_state(self, key: Key) -> None:
+        self.weight, self.h = ParamState(jax.random.normal(key, (3, 3))), HiddenState(jnp.zeros(3))
 
     def reset_state(self) -> None:
-        self.h.value = jnp.zeros(self.size)
+        self.h.value = jnp.zeros(3)
 
     def update(self, x: jax.Array) -> jax.Array:
-        fresh = jnp.tanh(self.h.value @ self.weight.value + x)
-        self.h.value += self.leak.value * (fresh - self.h.value)
+        self.h.value += self.leak.value * (jnp.tanh(self.weight.value @ self.h.value + x) - self.h.value)
         return self.h.value
 
 
 def _demonstrate() -> None:
-    """The main job on a small recurrent ensemble: ``python -m collective``."""
-
     def norms(state: StateTree) -> str:
         return " ".join(f"{norm:.3f}" for norm in jnp.linalg.norm(state["0.h"], axis=-1))
 
-    model = [_Cell(3)]
-    state = vmap_init(model, axis_size=4, key=jax.random.key(0))
-    print(f"vmap_init: four members, each with a state and weights of its own\n{state}")
-
     @jax.jit
     def rollout(state: StateTree, xs: jax.Array) -> StateTree:
-        def step(state: StateTree, x: jax.Array) -> tuple[StateTree, None]:
-            return vmap_call_all(model, state, "update", x)[1], None
+        step = lambda state, x: (vmap_call_all(model, state, "update", x)[1], None)  # noqa: E731
         return jax.lax.scan(step, state, xs)[0]
 
+    model, file = [_Cell()], io.BytesIO()
+    state = vmap_init(model, axis_size=4, key=jax.random.key(0))
+    print(f"vmap_init: four members, each with weights and a hidden state of its own\n{state}")
     after = rollout(state, jnp.ones((20, 3)))
-    print(f"rollout: 20 steps in one jitted scan, norms of h {norms(state)} -> {norms(after)}")
+    print(f"rollout: 20 steps in one jitted scan, |h| {norms(state)} -> {norms(after)}")
     state = vmap_reset(model, after)
-    print(f"vmap_reset: norms of h {norms(state)}, shape still {state['0.h'].shape}")
-    file = io.BytesIO()
+    print(f"vmap_reset: |h| {norms(state)}, of shape {state['0.h'].shape} as before")
     np.savez(file, **flat_dict(after))
     file.seek(0)
     state, unexpected, missing = assign(state, np.load(file))
-    print(f"assign from npz: norms of h {norms(state)}, {unexpected=}, {missing=}")
-    restore(model, member(state, 2))
-    print(f"restore: member 2 alone in the module\n{model[0]}")
+    print(f"assign from npz: |h| {norms(state)}, {unexpected=}, {missing=}")
+    print(f"restore: member 2 alone in the module\n{restore(model, member(state, 2))[0]}")
 
 
 if __name__ == "__main__":
