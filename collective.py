@@ -56,16 +56,16 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
-import gc
 import hashlib
 import inspect
 import io
+import math
 import threading
 import types
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -161,11 +161,10 @@ def _in_order(paths: Iterable[Any]) -> list[Any]:
         return sorted(paths, key=_rank)
 
 
-def _sites(things: Iterable[tuple[Path, Any]]) -> str:
-    """Where things are, for messages: "'layers.0' (Linear), 'layers.1' (Linear)"."""
-    kinds = {path: type(thing).__name__ for path, thing in things}
-    return ", ".join(f"{_dotted(path)!r} ({kinds[path]})" if path else f"the root ({kinds[path]})"
-                     for path in _in_order(kinds))
+def _sites(things: Mapping[Path, Any], paths: Iterable[Path]) -> str:
+    """Where some of the things are, for messages: "'layers.0' (Linear), 'layers.1' (Linear)"."""
+    return ", ".join(f"{repr(_dotted(path)) if path else 'the root'} ({type(things[path]).__name__})"
+                     for path in _in_order(paths))
 
 
 def _leaves(value: Any, path: Path = ()) -> list[tuple[Path, Any]]:
@@ -217,16 +216,16 @@ class Module:
     def states(self, filter: Filter = ...) -> dict[Path, State]:
         """The live states that pass a filter, each once, under its first path."""
         chosen = _predicate(filter)
-        return {path: state for path, state in _walk(self).states if chosen(path, state)}
+        return {path: state for path, state in _walk(self).states.items() if chosen(path, state)}
 
     def nodes(self, filter: Filter = ...) -> dict[Path, Module]:
         """The modules that pass a filter, this one included, in the order of `traverse`."""
         chosen = _predicate(filter)
-        return {path: node for path, node in _walk(self).modules if chosen(path, node)}
+        return {path: node for path, node in _walk(self).modules.items() if chosen(path, node)}
 
     def __repr__(self) -> str:
         _, modules, _, states, _ = _walk(self)
-        texts = {path: type(node).__name__ for path, node in modules} | dict(states)
+        texts = {path: type(node).__name__ for path, node in modules.items()} | states
         return "\n".join("  " * len(path) + f"{_dotted(path)}: {texts[path]}".removeprefix(": ")
                          for path in _in_order(texts))
 
@@ -251,25 +250,12 @@ class _Graph(NamedTuple):
     """What one walk finds: every object once, under the path by which it was met first."""
 
     root: Any
-    modules: list[tuple[Path, Module]]  # children before parents
-    containers: list[tuple[Path, Any]]  # lists, tuples and dicts
-    states: list[tuple[Path, State]]
+    modules: dict[Path, Module]  # children before parents
+    containers: dict[Path, Any]  # lists, tuples and dicts
+    states: dict[Path, State]
     methods: list[types.MethodType]  # bound methods kept as attributes
 
 
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Hold back the garbage collector, which took most of the time for 100,000 modules."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_collector_paused()
 def _walk(root: Any) -> _Graph:
     """Walk a module, or a list, tuple or dict of modules, depth first and without recursion."""
     path, holder, lister = (), root, _role(type(root))
@@ -277,7 +263,7 @@ def _walk(root: Any) -> _Graph:
     if strays := [type(part).__name__ for part in entries if not _is_holder(part)]:
         raise TypeError("expected a module, or a list, tuple or dict of modules; "
                         f"got {', '.join(strays)}")
-    _, modules, containers, states, methods = graph = _Graph(root, [], [], [], [])
+    _, modules, containers, states, methods = graph = _Graph(root, {}, {}, {}, [])
     items, stack, seen = iter(lister(root)), [], {id(root)}
     while True:
         for name, part in items:
@@ -286,7 +272,7 @@ def _walk(root: Any) -> _Graph:
                 continue
             seen.add(id(part))
             if role is State:
-                states.append((path + (name,), part))
+                states[path + (name,)] = part
             elif role is types.MethodType:
                 methods.append(part)
             else:
@@ -294,7 +280,7 @@ def _walk(root: Any) -> _Graph:
                 path, holder, lister, items = path + (name,), part, role, iter(role(part))
                 break
         else:
-            (modules if lister is _attributes else containers).append((path, holder))
+            (modules if lister is _attributes else containers)[path] = holder
             if not stack:
                 return graph
             path, holder, lister, items = stack.pop()
@@ -309,7 +295,7 @@ def traverse(module: Any) -> Iterator[tuple[Path, Module]]:
     >>> [path for path, _ in traverse({'encoder': [Module()], 'decoder': Module()})]
     [('encoder', 0), ('decoder',)]
     """
-    return iter(_walk(module).modules)
+    return iter(_walk(module).modules.items())
 
 
 # ---- State trees ---------------------------------------------------------------------------------
@@ -419,7 +405,7 @@ class StateTree(Mapping[Path, Any]):
             try:
                 rows[path] = (type(box), box.tag, box.mapped), _fresh(box.value, _as_array)
             except TypeError as error:
-                raise TypeError(f"no array in {_sites([(path, box)])}: {error}") from error
+                raise TypeError(f"no array in {_sites({path: box}, [path])}: {error}") from error
         tree = _tree(rows)
         self._static, self._values = tree._static, tree._values
 
@@ -563,7 +549,7 @@ def snapshot(module: Any) -> StateTree:
     path  kind        value       mapped
     w     ParamState  float32[2]  0
     """
-    return StateTree(dict(_walk(module).states))
+    return StateTree(_walk(module).states)
 
 
 def restore(module: T, state: StateTree) -> T:
@@ -574,7 +560,7 @@ def restore(module: T, state: StateTree) -> T:
     >>> restore(Module(), StateTree({'h': HiddenState(jnp.ones(2))})).h.value
     Array([1., 1.], dtype=float32)
     """
-    _fill(module, dict(_walk(module).states), state)
+    _fill(module, _walk(module).states, state)
     return module
 
 
@@ -603,10 +589,10 @@ def _fill(root: Any, boxes: dict[Path, State], state: StateTree) -> None:
 
 
 def _part(holder: Any, step: Any) -> Any:
-    """What a module or container has under one step of a path, or None."""
-    if isinstance(holder, (list, tuple)):
-        return holder[step] if isinstance(step, int) and 0 <= step < len(holder) else None
-    return (vars(holder) if isinstance(holder, Module) else holder).get(step)
+    try:
+        return (vars(holder) if isinstance(holder, Module) else holder)[step]
+    except (LookupError, TypeError):
+        return None
 
 
 def _put(holder: Any, step: Any, part: T) -> T:
@@ -616,32 +602,28 @@ def _put(holder: Any, step: Any, part: T) -> T:
     return part
 
 
-@_collector_paused()
-def _copied(graph: _Graph, state: StateTree) -> tuple[Any, dict[int, Any], dict[Path, State]]:
-    """A private copy of a graph, filled from a tree: its root, its objects, its boxes by path.
+def _copied(graph: _Graph, state: StateTree) -> tuple[dict[int, Any], dict[Path, State]]:
+    """A private copy of a graph, filled from a tree: its objects, and its boxes by path.
 
     The objects go by the ids of the originals. All but modules, states, lists, dicts and tuples
     is shared. Raises `ValueError` listing the states of the graph that the tree lacks.
     """
-    rows, copies, boxes = _rows(state), {}, {}
-    if lacking := [(path, box) for path, box in graph.states if path not in rows]:
-        raise ValueError(f"the state tree lacks {_sites(lacking)}, which the module has; "
-                         "pass the whole tree, such as `params | rest`")
-    for path, box in graph.states:
-        boxes[path] = copies[id(box)] = new = object.__new__(type(box))
-        vars(new).update(vars(box))
+    if lacking := graph.states.keys() - _rows(state).keys():
+        raise ValueError(f"the state tree lacks {_sites(graph.states, lacking)}, which the module "
+                         "has; pass the whole tree, such as `params | rest`")
+    copies: dict[int, Any] = {}
     parts = []  # attributes, dicts and lists, with the copies that are to hold copies of the parts
-    for _, module in graph.modules:
-        copies[id(module)] = new = object.__new__(type(module))
-        parts.append((vars(module), vars(new)))
-    for _, old in graph.containers:
+    for old in [*graph.modules.values(), *graph.states.values()]:
+        copies[id(old)] = new = object.__new__(type(old))
+        parts.append((vars(old), vars(new)))
+    for old in graph.containers.values():
         if not isinstance(old, tuple):
-            copies[id(old)] = copy.copy(old)
-            parts.append((old, copies[id(old)]))
+            copies[id(old)] = new = copy.copy(old)
+            parts.append((old, new))
     for method in graph.methods:
         if id(method.__self__) in copies:
             copies[id(method)] = types.MethodType(method.__func__, copies[id(method.__self__)])
-    tuples = [old for _, old in graph.containers if isinstance(old, tuple)]
+    tuples = [old for old in graph.containers.values() if isinstance(old, tuple)]
     for old in tuples:
         if any(isinstance(part, tuple) and id(part) not in copies for part in old):
             tuples.append(old)  # to come again, after the tuples in it
@@ -654,9 +636,9 @@ def _copied(graph: _Graph, state: StateTree) -> tuple[Any, dict[int, Any], dict[
             new[:] = [copies.get(id(part), part) for part in old]
         else:
             new.update({name: copies.get(id(part), part) for name, part in old.items()})
-    root = copies[id(graph.root)]
-    _fill(root, boxes, state)
-    return root, copies, boxes
+    boxes = {path: copies[id(box)] for path, box in graph.states.items()}
+    _fill(copies[id(graph.root)], boxes, state)
+    return copies, boxes
 
 
 # ---- The call engine -----------------------------------------------------------------------------
@@ -689,20 +671,23 @@ def call_order(level: int = 0, check_order_boundary: bool = True) -> Callable[[T
 
 
 class _Plan(NamedTuple):
-    """A call that passed every check: a method, what it is given, and where it runs, in order."""
+    """A call that passed every check: a method, what it is given, and where it runs."""
 
     fn_name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     key: Key
-    steps: list[tuple[float, Path, Module, bool]]  # level, node, whether the method takes a key
+    steps: dict[float, list[Path]]  # by level, in traversal order
+    keyed: set[Path]  # where the method takes a key
 
 
 _ABSENT = ("is no method of {}; define it, exclude these nodes with node_to_exclude, or pass "
            "fn_if_not_exist='pass'")
+_UNCALLABLE = "is an attribute, but no method, of {}"
+_KEYLESS = "requires a key on {}; pass key=jax.random.key(0)"
 
 
-def _plan(nodes: list[tuple[Path, Module]], fn_name: str, args: Any = (), kwargs: Kwargs = None,
+def _plan(nodes: dict[Path, Module], fn_name: str, args: Any = (), kwargs: Kwargs = None,
           node_to_exclude: Filter = None, fn_if_not_exist: str = "raise", key: Key = None) -> _Plan:
     """Check all that can be checked before the first method runs."""
     if not isinstance(fn_name, str) or not isinstance(kwargs, (Mapping, type(None))):
@@ -710,32 +695,31 @@ def _plan(nodes: list[tuple[Path, Module]], fn_name: str, args: Any = (), kwargs
                         f"got {fn_name!r} and {type(kwargs).__name__}")
     if fn_if_not_exist not in ("raise", "warn", "pass", "none"):
         raise ValueError(f"fn_if_not_exist is 'raise', 'warn' or 'pass'; got {fn_if_not_exist!r}")
-    plan = _Plan(fn_name, args if isinstance(args, tuple) else (args,), kwargs or {}, key, [])
+    args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
+    plan = _Plan(fn_name, args, kwargs, key, defaultdict(list), set())
     if key is not None:
-        _check_key(key, plan.kwargs)
+        _check_key(key, kwargs)
     excluded = _predicate(node_to_exclude)
-    if node_to_exclude is not None:
-        nodes = [(path, node) for path, node in nodes if not excluded(path, node)]
-    faults: dict[str, list[tuple[Path, Module]]] = {}
+    chosen = nodes if node_to_exclude is None else {
+        path: node for path, node in nodes.items() if not excluded(path, node)}
+    faults: dict[str, list[Path]] = defaultdict(list)
     uses: dict[int, Any] = {}  # by function, so that one look serves all nodes that share it
-    for path, node in nodes:
+    for path, node in chosen.items():
         method = getattr(node, fn_name, _ABSENT)
         function = getattr(method, "__func__", method)
         use = uses.get(id(function))
         if use is None:
             use = uses[id(function)] = _use(method, function, plan)
         level, takes_key, fault, _ = use
-        if fault:
-            faults.setdefault(fault, []).append((path, node))
-        else:
-            plan.steps.append((level, path, node, takes_key))
+        (faults[fault] if fault else plan.steps[level]).append(path)
+        if takes_key:
+            plan.keyed.add(path)
     absent = faults.pop(_ABSENT, []) if fn_if_not_exist != "raise" else []
     for fault, places in faults.items():
         error = AttributeError if fault is _ABSENT else TypeError
-        raise error(f"{fn_name!r} {fault.format(_sites(places))}")
+        raise error(f"{fn_name!r} {fault.format(_sites(nodes, places))}")
     if absent and fn_if_not_exist == "warn":
-        warnings.warn(f"{fn_name!r} {_ABSENT.format(_sites(absent))}", stacklevel=3)
-    plan.steps.sort(key=lambda step: step[0])  # stable
+        warnings.warn(f"{fn_name!r} {_ABSENT.format(_sites(nodes, absent))}", stacklevel=3)
     return plan
 
 
@@ -749,43 +733,46 @@ def _check_key(key: Key, kwargs: Mapping[str, Any]) -> None:
 
 
 def _use(method: Any, function: Any, plan: _Plan) -> tuple[float, bool, str, Any]:
-    """The level of a method, whether it takes a key, what is wrong with it, and its function."""
-    level, takes_key, fault = getattr(function, "call_order", float("-inf")), False, ""
+    """The level of a method, whether it gets a key, what is wrong with it, and its function."""
     if not callable(method):
-        fault = _ABSENT if method is _ABSENT else "is an attribute, but no method, of {}"
-        return level, False, fault, function
+        return 0, False, _ABSENT if method is _ABSENT else _UNCALLABLE, function
     try:
-        parameters = list(inspect.signature(method).parameters.values())
+        parameters = inspect.signature(method).parameters
     except ValueError:  # a builtin that does not tell
-        parameters = []
-    for position, each in enumerate(parameters):
-        if each.kind is each.VAR_KEYWORD:
-            takes_key = True
-        elif each.name == "key" and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
-            takes_key = True
-            by_position = each.kind is each.POSITIONAL_OR_KEYWORD and position < len(plan.args)
-            if each.default is each.empty and not by_position and "key" not in plan.kwargs:
-                fault = "requires a key on {}; pass key=jax.random.key(0)" * (plan.key is None)
-    return level, takes_key, fault, function  # which stays alive, and so keeps its id
+        parameters = types.MappingProxyType({})
+    key, kinds = parameters.get("key"), [each.kind for each in parameters.values()]
+    named = key is not None and key.kind in (key.POSITIONAL_OR_KEYWORD, key.KEYWORD_ONLY)
+    given = "key" in plan.kwargs or "key" in list(parameters)[:len(plan.args)]
+    lacks = named and key.default is key.empty and not given and plan.key is None
+    takes = plan.key is not None and (named or inspect.Parameter.VAR_KEYWORD in kinds)
+    level = getattr(function, "call_order", -math.inf)
+    return level, takes, _KEYLESS if lacks else "", function  # kept, so that its id is
 
 
-def _run(plan: _Plan, copies: Mapping[int, Any] | None = None) -> Outputs:
-    """Run a plan on its nodes, or on copies of them."""
-    outputs = {}
-    fn_name, args, kwargs, key, steps = plan
-    for _, path, node, takes_key in steps:
+def _run(plan: _Plan, nodes: Mapping[Path, Module], boxes: Mapping[Path, State]) -> Outputs:
+    """Run a plan on nodes, or on copies of them; `ValueError` if boxes lose their mapped axes."""
+    fn_name, args, kwargs, key, steps, keyed = plan
+    outputs, axes = {}, _mapped_axes(boxes)
+    for path in [path for level in sorted(steps) for path in steps[level]]:
         try:
-            method = getattr(node if copies is None else copies[id(node)], fn_name)
-            if takes_key and key is not None:
-                output = method(*args, **kwargs, key=_node_key(key, path))
-            else:
-                output = method(*args, **kwargs)
+            own = {"key": _node_key(key, path)} if path in keyed else {}
+            output = getattr(nodes[path], fn_name)(*args, **kwargs, **own)
         except Exception as error:
-            error.add_note(f"raised by {fn_name!r} of {_sites([(path, node)])}")
+            error.add_note(f"raised by {fn_name!r} of {_sites(nodes, [path])}")
             raise
         if output is not None:
             outputs[path] = output
+    if changed := [path for path, now in _mapped_axes(boxes).items() if not now <= axes[path]]:
+        pure = {"init_state": "vmap_init", "reset_state": "vmap_reset"}.get(fn_name)
+        forms = f"{pure} or {pure}_all_states" if pure else "vmap_apply or vmap_call_all(_fns)"
+        raise ValueError(f"{fn_name!r} ran once for all members and changed the leading axes of "
+                         f"{_sites(boxes, changed)}; run it once per member, with {forms}")
     return outputs
+
+
+def _mapped_axes(boxes: Mapping[Path, State]) -> dict[Path, set[tuple[int, ...]]]:
+    return {path: {np.shape(leaf)[:box.mapped] for leaf in jax.tree.leaves(box.value)}
+            for path, box in boxes.items() if box.mapped}
 
 
 def _node_key(key: Key, path: Path) -> Key:
@@ -799,31 +786,17 @@ def _fold_in(key: Key, words: Any) -> Key:
     return jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
 
 
-@contextmanager
-def _axes_kept(boxes: Iterable[tuple[Path, State]], fn_name: str) -> Iterator[None]:
-    """Raise if what runs meanwhile changes the mapped axes of a box."""
-    def axes(box: State, mapped: int) -> set[tuple[int, ...]]:
-        return {np.shape(leaf)[:mapped] for leaf in jax.tree.leaves(box.value)}
-
-    old = [(path, box, box.mapped, axes(box, box.mapped)) for path, box in boxes if box.mapped]
-    yield
-    if changed := [(path, box) for path, box, mapped, kept in old if not axes(box, mapped) <= kept]:
-        pure = {"init_state": "vmap_init", "reset_state": "vmap_reset"}.get(fn_name)
-        forms = f"{pure} or {pure}_all_states" if pure else "vmap_apply or vmap_call_all(_fns)"
-        raise ValueError(f"{fn_name!r} ran once for all members and changed the leading axes of "
-                         f"{_sites(changed)}; run it once per member, with {forms}")
-
-
 def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan) -> tuple[Outputs, Any, Any]:
     """Run a plan on a copy: the outputs, the boxes before, and the boxes after, by path."""
-    root, copies, before = _copied(graph, state)
-    with _axes_kept(before.items(), plan.fn_name):
-        outputs = _run(plan, copies)
-    after, known = _walk(root), {id(each) for each in copies.values()}
-    if created := [(path, node) for path, node in after.modules if id(node) not in known]:
+    copies, before = _copied(graph, state)
+    nodes = {path: copies[id(node)] for path, node in graph.modules.items()}
+    outputs = _run(plan, nodes, before)
+    after, known = _walk(copies[id(graph.root)]), set(map(id, copies.values()))
+    if created := [path for path, node in after.modules.items() if id(node) not in known]:
         raise ValueError(f"{plan.fn_name!r} created modules, which no state tree can hold: "
-                         f"{_sites(created)}; create modules in __init__, states in init_state")
-    return outputs, before, dict(after.states)
+                         f"{_sites(after.modules, created)}; create modules in __init__, "
+                         "states in init_state")
+    return outputs, before, after.states
 
 
 # ---- Pure calls ----------------------------------------------------------------------------------
@@ -841,16 +814,9 @@ def apply(module: Module, state: StateTree, *args: Any, method: str = "__call__"
     >>> apply(Counter(), StateTree({'count': State(jnp.array(0))}), 5)[1]['count'].item()
     5
     """
-    graph = _walk(module)
-    outputs, _, after = _run_on_copy(graph, state, _plan(_root_of(graph), method, args, kwargs))
+    graph, plan = _walk(module), _plan({(): module}, method, args, kwargs)
+    outputs, _, after = _run_on_copy(graph, state, plan)
     return outputs.get(()), StateTree(after)
-
-
-def _root_of(graph: _Graph) -> list[tuple[Path, Module]]:
-    if not isinstance(graph.root, Module):
-        raise TypeError(f"expected one module to call, got a {type(graph.root).__name__}; "
-                        "for several, use call_all or vmap_call_all")
-    return graph.modules[-1:]
 
 
 def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs: Kwargs = None, *,
@@ -924,8 +890,7 @@ def vmap_apply(module: Module, state: StateTree, *args: Any, in_axes: Any = 0,
     >>> vmap_apply(Square(), StateTree({}), jnp.arange(3), axis_size=3)[0]
     Array([0, 1, 4], dtype=int32)
     """
-    graph = _walk(module)
-    plan = _plan(_root_of(graph), method, args, kwargs)
+    graph, plan = _walk(module), _plan({(): module}, method, args, kwargs)
     outputs, state = _run_members(graph, state, plan, axis_size, in_axes)
     return outputs.get(()), state
 
@@ -1016,11 +981,11 @@ def _same_for_all(index: Any, common: StateTree) -> StateTree:
 
     @unchanged.def_vmap
     def check(size: int, batched: Any, index: Any, common: StateTree) -> tuple[StateTree, Any]:
-        if unlike := [(path, box) for path, box in common.states().items()
-                      if any(jax.tree.leaves(batched[1][path]))]:
-            raise ValueError(f"shared states ended up different per member: {_sites(unlike)}; "
-                             "create them in init_state under a vmapped call, which gives each "
-                             "member its own, or make their values the same for all members")
+        if unlike := [path for path in common if any(jax.tree.leaves(batched[1][path]))]:
+            raise ValueError("shared states ended up different per member: "
+                             f"{_sites(common.states(), unlike)}; create them in init_state under "
+                             "a vmapped call, which gives each member its own, or make their "
+                             "values the same for all members")
         return common, batched[1]
 
     return unchanged(index, common)
@@ -1218,20 +1183,18 @@ def call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None,
     plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
     undo = _undo(graph)
     try:
-        with _axes_kept(graph.states, fn_name):
-            _run(plan)
+        _run(plan, graph.modules, graph.states)
     except BaseException:
         undo()
         raise
     return target
 
 
-@_collector_paused()
 def _undo(graph: _Graph) -> Callable[[], None]:
     """A function that puts all objects of a graph, and the values of its states, back as now."""
-    parts: list[Any] = [vars(thing) for _, thing in [*graph.modules, *graph.states]]
-    parts += [part for _, part in graph.containers if not isinstance(part, tuple)]
-    values = [box.value for _, box in graph.states if not _is_array_type(type(box.value))]
+    parts: list[Any] = [*map(vars, graph.modules.values()), *map(vars, graph.states.values())]
+    parts += [part for part in graph.containers.values() if not isinstance(part, tuple)]
+    values = [box.value for box in graph.states.values() if not _is_array_type(type(box.value))]
     for value in values:  # grows by the parts of each
         if not isinstance(value, (list, tuple, dict, np.ndarray)):  # an instance of another class
             value = () if isinstance(value, jax.Array) else getattr(value, "__dict__", ())

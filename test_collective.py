@@ -1191,7 +1191,7 @@ def test_apply_calls_one_module():
 
     assert apply(Two(), StateTree({}), 2, method="other", scale=3)[0] == 6
     for call in (apply, vmap_apply):
-        with pytest.raises(TypeError, match="expected one module to call, got a list"):
+        with pytest.raises(AttributeError, match=r"'__call__' is no method of the root \(list\)"):
             call([Two()], StateTree({}), 2)
         with pytest.raises(AttributeError, match="'missing' is no method of the root"):
             call(Two(), StateTree({}), method="missing")
