@@ -27,6 +27,10 @@ a new tree, so they work inside ``jit``, ``grad``, ``vmap`` and ``scan``::
 In place: `call_all_fns`, `init_all_states`, `reset_all_states`, their ``vmap_`` forms and
 `assign_state_values`. The decorator `call_order` orders the calls of both families.
 
+Wherever a module is taken, a list, tuple or dict of modules is too; anything else is a `TypeError`.
+All that can be checked is checked before the first method runs, and a call that raises changes
+nothing: no attribute, no list, no state. What a method raises gets a note that says where.
+
 >>> class Cell(Module):
 ...     def __init__(self, size):
 ...         self.weight = ParamState(0.5 * jnp.eye(size))        # one, shared by all members
@@ -127,7 +131,7 @@ class HiddenState(ShortTermState):
     """The hidden state of a recurrent cell."""
 
 
-def _predicate(filter: Filter) -> Callable[[Path, Any], Any]:
+def _predicate(filter: Filter) -> Any:
     """A filter as a function of a path and the state or module there."""
     if filter is None or filter is ... or isinstance(filter, bool):
         return lambda path, thing: bool(filter)
@@ -238,12 +242,20 @@ def _attributes(module: Module) -> Iterable[tuple[str, Any]]:
     return vars(module).items()
 
 
-@functools.lru_cache(maxsize=1024)  # since type checks took half of the time of a walk
-def _role(kind: type) -> Any:
-    """How to list the parts of a module or container; the kind of a state or method; or None."""
-    roles = {State: State, types.MethodType: types.MethodType, Module: _attributes,
-             dict: dict.items, list: enumerate, tuple: enumerate}
-    return next((role for base, role in roles.items() if issubclass(kind, base)), None)
+class _Roles(dict[type, Any]):
+    """What a walk does with a kind of object, cached, since type checks took half of its time.
+
+    How to list the parts of a module or container; State, MethodType or jax.Array; or None.
+    """
+
+    def __missing__(self, kind: type) -> Any:
+        roles = {Module: _attributes, dict: dict.items, list: enumerate, tuple: enumerate}
+        roles |= {each: each for each in (State, types.MethodType, jax.Array)}
+        self[kind] = next((role for base, role in roles.items() if issubclass(kind, base)), None)
+        return self[kind]
+
+
+_ROLES = _Roles()
 
 
 class _Graph(NamedTuple):
@@ -258,16 +270,18 @@ class _Graph(NamedTuple):
 
 def _walk(root: Any) -> _Graph:
     """Walk a module, or a list, tuple or dict of modules, depth first and without recursion."""
-    path, holder, lister = (), root, _role(type(root))
+    path: Path = ()
+    holder, lister = root, _ROLES[type(root)]
     entries = [part for _, part in lister(root)] if lister in (enumerate, dict.items) else [root]
     if strays := [type(part).__name__ for part in entries if not _is_holder(part)]:
         raise TypeError("expected a module, or a list, tuple or dict of modules; "
                         f"got {', '.join(strays)}")
     _, modules, containers, states, methods = graph = _Graph(root, {}, {}, {}, [])
-    items, stack, seen = iter(lister(root)), [], {id(root)}
+    items, seen = iter(lister(root)), {id(root)}
+    stack: list[Any] = []  # the holders above, and how far their parts are read
     while True:
         for name, part in items:
-            role = _role(type(part))
+            role = _ROLES[type(part)]
             if role is None or id(part) in seen:
                 continue
             seen.add(id(part))
@@ -275,7 +289,7 @@ def _walk(root: Any) -> _Graph:
                 states[path + (name,)] = part
             elif role is types.MethodType:
                 methods.append(part)
-            else:
+            elif role is not jax.Array:
                 stack.append((path, holder, lister, items))
                 path, holder, lister, items = path + (name,), part, role, iter(role(part))
                 break
@@ -290,7 +304,6 @@ def traverse(module: Any) -> Iterator[tuple[Path, Module]]:
     """Iterate over ``(path, module)``: each module once, children before parents.
 
     Attributes count in definition order, and a module goes by the first path that reaches it.
-    Raises `TypeError` for anything but a module, or a list, tuple or dict of modules.
 
     >>> [path for path, _ in traverse({'encoder': [Module()], 'decoder': Module()})]
     [('encoder', 0), ('decoder',)]
@@ -350,19 +363,14 @@ def _rows(tree: StateTree) -> _Rows:
 
 def _load(box: State, entry: _Entry, value: Any) -> State:
     """Fill a box, which need not be of the right kind, nor have been initialised."""
-    box.__class__, box.tag, box.mapped = entry  # type: ignore[assignment]
+    box.__class__, box.tag, box.mapped = entry
     box.value = _fresh(value)
     return box
 
 
 def _fresh(value: Any, leaf: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
     """A value in new containers, so that changes in place do not reach the original."""
-    return value if _is_array_type(type(value)) else jax.tree.map(leaf, value)
-
-
-@functools.lru_cache
-def _is_array_type(kind: type) -> bool:
-    return issubclass(kind, jax.Array)  # cached, since it takes 0.5 us, once for each state
+    return value if _ROLES[type(value)] is jax.Array else jax.tree.map(leaf, value)
 
 
 def _as_array(leaf: Any) -> Any:
@@ -373,21 +381,17 @@ def _as_array(leaf: Any) -> Any:
 class StateTree(Mapping[Path, Any]):
     """An immutable mapping from path to value, and a JAX pytree whose leaves are the arrays.
 
-    ``StateTree(mapping)`` takes a mapping from path, or dotted name, to `State`. Containers are
-    copied and NumPy arrays become JAX arrays, so no later change in place reaches the tree. Paths
-    come in a canonical order; they, the kinds, tags and mapped counts are static (treedef). Trees
-    compare and hash by identity. ``a | b`` is the union, in which ``b`` wins.
+    Made from a mapping of paths, or dotted names, to `State` boxes. Containers are copied and NumPy
+    arrays become JAX arrays, so no later change in place reaches the tree. Paths come in canonical
+    order; they, the kinds, tags and mapped counts are static (treedef). Trees compare by identity.
+    ``a | b`` is the union, in which ``b`` wins. Raises `TypeError` for a path, box or leaf of another
+    type; a look-up raises `KeyError` if no state, or more than one, goes by the name.
 
-    >>> tree = StateTree({'layers.0.weight': ParamState({'w': jnp.ones((2, 3)), 'b': 0.})})
-    >>> tree | StateTree({'layers.0.h': HiddenState(jnp.zeros(3))})
-    path             kind         value                        mapped
-    layers.0.h       HiddenState  float32[3]                   0
-    layers.0.weight  ParamState   b float32[], w float32[2,3]  0
-    >>> jax.tree.map(jnp.shape, tree)['layers', 0, 'weight']
-    {'b': (), 'w': (2, 3)}
-
-    Raises `TypeError` for a path, a box or a leaf of another type. A look-up raises `KeyError` if
-    no state has the path, or if several share the dotted name.
+    >>> tree = StateTree({'W': ParamState({'w': jnp.ones((2, 3)), 'b': 0.})})
+    >>> tree | StateTree({'cells.0.h': HiddenState(jnp.zeros(3))})
+    path       kind         value                        mapped
+    W          ParamState   b float32[], w float32[2,3]  0
+    cells.0.h  HiddenState  float32[3]                   0
     """
 
     __slots__ = ("_static", "_values", "__weakref__")
@@ -466,14 +470,13 @@ def _tree_leaves(state: StateTree) -> dict[Path, Any]:
 def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
     """Split a tree into ``(matching, rest)``; ``matching | rest`` is the whole again.
 
-    A callable filter is given each path with a fresh `State` box.
-
     >>> params, rest = partition(StateTree({'w': ParamState(1.), 'h': HiddenState(0.)}), ParamState)
     >>> list(params), list(rest)
     ([('w',)], [('h',)])
     """
     chosen, boxes = _predicate(filter), state.states() if isinstance(state, StateTree) else {}
-    matching, rest = {}, {}
+    matching: _Rows = {}
+    rest: _Rows = {}
     for path, row in _rows(state).items():
         (matching if chosen(path, boxes[path]) else rest)[path] = row
     return _tree(matching), _tree(rest)
@@ -507,7 +510,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
-    """A tree with ``new`` where ``mask`` holds and ``old`` elsewhere, per leading axes.
+    """A tree with ``new`` where ``mask`` holds and ``old`` elsewhere.
 
     A mask of shape ``(n,)`` chooses along the first axis of each leaf: among the members of an
     ensemble, or the episodes of a batch. Leaves that are the same object in both trees, such as
@@ -524,8 +527,9 @@ def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
     if unfit := [f"{_dotted(path)!r} {_described(leaf)}" for (path, leaf), other in pairs
                  if leaf is not other and leaf.shape[:mask.ndim] != mask.shape]:
         raise ValueError(f"the axes {mask.shape} of the mask do not lead in {', '.join(unfit)}")
-    return jax.tree.map(lambda fresh, leaf: leaf if leaf is fresh else jnp.where(
+    chosen: StateTree = jax.tree.map(lambda fresh, leaf: leaf if leaf is fresh else jnp.where(
         jnp.expand_dims(mask, range(mask.ndim, leaf.ndim)), fresh, leaf), new, old)
+    return chosen
 
 
 def _check_alike(*states: StateTree) -> None:
@@ -543,22 +547,19 @@ def _check_alike(*states: StateTree) -> None:
 def snapshot(module: Any) -> StateTree:
     """The states of a module as a tree, each shared state once, under its first path.
 
-    >>> model = Module()
-    >>> model.w = model.tied = ParamState(np.ones(2))
-    >>> snapshot(model)
-    path  kind        value       mapped
-    w     ParamState  float32[2]  0
+    >>> list(snapshot(restore(Module(), StateTree({'h': State(0.)}))))
+    [('h',)]
     """
     return StateTree(_walk(module).states)
 
 
 def restore(module: T, state: StateTree) -> T:
-    """Write a tree's values back into a module, in place, and return the module.
+    """Write a tree's values into a module, in place; states that the tree lacks keep theirs.
 
-    States that the tree lacks keep their values; states that the module lacks are created.
+    States that the module lacks are created. Returns the module.
 
-    >>> restore(Module(), StateTree({'h': HiddenState(jnp.ones(2))})).h.value
-    Array([1., 1.], dtype=float32)
+    >>> restore(Module(), StateTree({'h': HiddenState(jnp.ones(2))})).h
+    HiddenState(float32[2])
     """
     _fill(module, _walk(module).states, state)
     return module
@@ -566,7 +567,8 @@ def restore(module: T, state: StateTree) -> T:
 
 def _fill(root: Any, boxes: dict[Path, State], state: StateTree) -> None:
     """Load a tree into the boxes of a graph; add the boxes that the graph lacks, at their paths."""
-    made, beyond = [], []
+    made: list[tuple[Any, Any, dict[Any, Any]]] = []
+    beyond = []
     for path, row in _rows(state).items():
         if path not in boxes:
             boxes[path] = object.__new__(State)
@@ -612,7 +614,9 @@ def _copied(graph: _Graph, state: StateTree) -> tuple[dict[int, Any], dict[Path,
         raise ValueError(f"the state tree lacks {_sites(graph.states, lacking)}, which the module "
                          "has; pass the whole tree, such as `params | rest`")
     copies: dict[int, Any] = {}
-    parts = []  # attributes, dicts and lists, with the copies that are to hold copies of the parts
+    parts: list[Any] = []  # attributes, dicts and lists, with the copies that are to hold copies of the parts
+    old: Any
+    new: Any
     for old in [*graph.modules.values(), *graph.states.values()]:
         copies[id(old)] = new = object.__new__(type(old))
         parts.append((vars(old), vars(new)))
@@ -733,20 +737,23 @@ def _check_key(key: Key, kwargs: Mapping[str, Any]) -> None:
 
 
 def _use(method: Any, function: Any, plan: _Plan) -> tuple[float, bool, str, Any]:
-    """The level of a method, whether it gets a key, what is wrong with it, and its function."""
+    """The level of a method, whether it gets a key, what is wrong with it, and its function.
+
+    The function is there to stay alive, so that no other one gets its id meanwhile.
+    """
     if not callable(method):
         return 0, False, _ABSENT if method is _ABSENT else _UNCALLABLE, function
     try:
         parameters = inspect.signature(method).parameters
     except ValueError:  # a builtin that does not tell
         parameters = types.MappingProxyType({})
-    key, kinds = parameters.get("key"), [each.kind for each in parameters.values()]
-    named = key is not None and key.kind in (key.POSITIONAL_OR_KEYWORD, key.KEYWORD_ONLY)
+    key: Any = parameters.get("key", inspect.Parameter("key", inspect.Parameter.VAR_POSITIONAL))
+    named = key.kind in (key.POSITIONAL_OR_KEYWORD, key.KEYWORD_ONLY)
     given = "key" in plan.kwargs or "key" in list(parameters)[:len(plan.args)]
     lacks = named and key.default is key.empty and not given and plan.key is None
-    takes = plan.key is not None and (named or inspect.Parameter.VAR_KEYWORD in kinds)
+    takes = named or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     level = getattr(function, "call_order", -math.inf)
-    return level, takes, _KEYLESS if lacks else "", function  # kept, so that its id is
+    return level, takes and plan.key is not None, _KEYLESS if lacks else "", function
 
 
 def _run(plan: _Plan, nodes: Mapping[Path, Module], boxes: Mapping[Path, State]) -> Outputs:
@@ -804,7 +811,7 @@ def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan) -> tuple[Outputs,
 
 def apply(module: Module, state: StateTree, *args: Any, method: str = "__call__",
           **kwargs: Any) -> tuple[Any, StateTree]:
-    """Call one method of the root module: ``(output, state)``, with a new tree.
+    """Call one method of a module: ``(output, state)``, with a new tree.
 
     Raises `ValueError` if the tree lacks a state of the module, if the method creates modules,
     or if it changes the leading axes of a mapped state.
@@ -828,15 +835,14 @@ def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs
     has a parameter ``key``, or takes ``**kwargs``, gets a key of its own, made of ``key`` and the
     node's path alone. ``fn_if_not_exist`` is 'raise', 'warn' or 'pass' (or 'none').
 
+    Raises `AttributeError` for a missing method; `TypeError` for an attribute that is no method,
+    a bad filter, and a method that requires a key when none is given; `ValueError` for a bad
+    policy; and what `apply` raises.
+
     >>> class Layer(Module):
     ...     def norm(self, power): return jnp.sum(self.w.value ** power)
     >>> call_all([Layer()], StateTree({'0.w': ParamState(jnp.ones(3))}), 'norm', 2)[0]
     {(0,): Array(3., dtype=float32)}
-
-    Raises, before any method runs: `AttributeError` for a missing method; `TypeError` for an
-    attribute that is no method, for a bad filter, and for a method that requires a key when none
-    is given; `ValueError` for a bad policy, and for a tree that lacks a state of the module. Also
-    raises what `apply` raises. An exception of a method gains a note that says which.
     """
     graph = _walk(module)
     plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
@@ -848,13 +854,10 @@ def init(module: Any, *args: Any, node_to_exclude: Filter = None, key: Key = Non
          **kwargs: Any) -> StateTree:
     """Call ``init_state`` on every node, starting from ``snapshot(module)``: a new tree.
 
-    Raises what `call_all` raises.
-
     >>> class Cell(Module):
     ...     def init_state(self, key): self.h = HiddenState(jax.random.normal(key, (3,)))
-    >>> init([Cell()], key=jax.random.key(0))
-    path  kind         value       mapped
-    0.h   HiddenState  float32[3]  0
+    >>> init([Cell()], key=jax.random.key(0))['0.h'].shape
+    (3,)
     """
     return call_all(module, snapshot(module), "init_state", args, kwargs,
                     node_to_exclude=node_to_exclude, key=key)[1]
@@ -862,7 +865,7 @@ def init(module: Any, *args: Any, node_to_exclude: Filter = None, key: Key = Non
 
 def reset(module: Any, state: StateTree, *args: Any, node_to_exclude: Filter = None,
           key: Key = None, **kwargs: Any) -> StateTree:
-    """Call ``reset_state`` on every node: a new tree. Raises what `call_all` raises.
+    """Call ``reset_state`` on every node: a new tree.
 
     >>> class Cell(Module):
     ...     def reset_state(self): self.h.value = jnp.zeros(2)
@@ -879,11 +882,10 @@ def reset(module: Any, state: StateTree, *args: Any, node_to_exclude: Filter = N
 def vmap_apply(module: Module, state: StateTree, *args: Any, in_axes: Any = 0,
                axis_size: int | None = None, method: str = "__call__",
                **kwargs: Any) -> tuple[Any, StateTree]:
-    """Call one method of the root module once per member: ``(outputs, state)``, with a new tree.
+    """Call one method of a module once per member: ``(outputs, state)``, with a new tree.
 
     Positional arguments are mapped by ``in_axes``, as in `jax.vmap`. Keyword arguments are shared
     by all members: pass the members' keys by position. Outputs are ``(axis_size, *shape)``.
-    Raises what `apply` and `vmap_call_all` raise.
 
     >>> class Square(Module):
     ...     def update(self, x): return x ** 2
@@ -908,14 +910,15 @@ def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), k
     none. ``in_axes`` maps ``args``, as in `jax.vmap`; by default they are shared. Member ``i``
     sees the key ``jax.random.split(key, axis_size)[i]``. Outputs are ``(axis_size, *shape)``.
 
-    >>> class Noise(Module):
-    ...     def draw(self, key): return jax.random.normal(key, (2,))
-    >>> vmap_call_all(Noise(), StateTree({}), 'draw', axis_size=5, key=jax.random.key(0))[0][()].shape
-    (5, 2)
-
     Raises what `call_all` raises, and `ValueError` for an ``axis_size`` that is no positive
     integer, at odds with a mapped state, or None when there is none, and for a shared state that
     ends up different per member.
+
+    >>> class Noise(Module):
+    ...     def draw(self, key): return jax.random.normal(key, (2,))
+    >>> outputs, _ = vmap_call_all(Noise(), StateTree({}), 'draw', axis_size=5, key=jax.random.key(0))
+    >>> outputs[()].shape
+    (5, 2)
     """
     graph = _walk(module)
     plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
@@ -923,7 +926,8 @@ def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), k
 
 
 def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | None, in_axes: Any,
-                 state_to_exclude: Filter = None, state_tag: Hashable = None) -> Any:
+                 state_to_exclude: Filter = None, state_tag: Hashable = None,
+                 ) -> tuple[Outputs, StateTree]:
     """Run a plan under one `jax.vmap`, on a copy that lives inside it: ``(outputs, state)``."""
     excluded = _predicate(state_to_exclude)
     mapped, shared = partition(state, lambda path, box: box.mapped and not excluded(path, box))
@@ -936,7 +940,8 @@ def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | 
         outputs, before, after = _run_on_copy(graph, mapped | shared, member_plan)
         output_paths.extend(outputs)
         is_mapped = {id(box): path in mapped for path, box in before.items()}
-        own, common = {}, {}
+        own: dict[Path, State] = {}
+        common: dict[Path, State] = {}
         for path, box in after.items():
             if id(box) not in is_mapped and box.tag is None:
                 box.tag = state_tag
@@ -969,7 +974,7 @@ def _with_axes(state: StateTree, count: int) -> StateTree:
                   for path, ((kind, tag, mapped), value) in _rows(state).items()})
 
 
-def _same_for_all(index: Any, common: StateTree) -> StateTree:
+def _same_for_all(index: Any, common: StateTree) -> Any:
     """Return shared states as they are; `ValueError` if they differ along the vmapped ``index``.
 
     JAX tells the batching rule of a function which operands differ. It runs the rule for the
@@ -996,7 +1001,7 @@ def vmap_init(module: Any, *args: Any, axis_size: int | None, in_axes: Any = Non
               state_tag: Hashable = None, key: Key = None, **kwargs: Any) -> StateTree:
     """`init` for ``axis_size`` members: what ``init_state`` creates is ``(axis_size, *shape)``.
 
-    What ``__init__`` created is shared. Returns a new tree; raises what `vmap_call_all` raises.
+    What ``__init__`` created is shared.
 
     >>> class Cell(Module):
     ...     def init_state(self, key): self.h = HiddenState(jax.random.normal(key, (3,)))
@@ -1011,10 +1016,10 @@ def vmap_init(module: Any, *args: Any, axis_size: int | None, in_axes: Any = Non
 def vmap_reset(module: Any, state: StateTree, *args: Any, axis_size: int | None = None,
                in_axes: Any = None, node_to_exclude: Filter = None, state_to_exclude: Filter = None,
                state_tag: Hashable = None, key: Key = None, **kwargs: Any) -> StateTree:
-    """`reset` of every member: a new tree. Raises what `vmap_call_all` raises.
+    """`reset` of every member, each of which sees the shapes of a single model.
 
     >>> class Cell(Module):
-    ...     def reset_state(self): self.h.value = jnp.zeros(3)  # of one member
+    ...     def reset_state(self): self.h.value = jnp.zeros(3)
     >>> vmap_reset(Cell(), stack(StateTree({'h': HiddenState(jnp.ones(3))})))['h'].shape
     (1, 3)
     """
@@ -1072,14 +1077,14 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
     the level of states or of leaves: all reach the leaf that has the dotted name. Later snapshots
     win. Each leaf keeps the dtype, shape and sharding that it had.
 
-    >>> tree = StateTree({'W': ParamState({'bias': jnp.zeros(2), 'weight': jnp.ones(2)})})
-    >>> tree, unexpected, missing = assign(tree, {'W.bias': np.array([1., 2.]), 'V': np.ones(2)})
-    >>> tree['W']['bias'], unexpected, missing
-    (Array([1., 2.], dtype=float32), ['V'], [('W', 'weight')])
-
     Raises one `ValueError` that lists every leaf of another shape, of a kind that does not fit
     (float into int, complex into float) or that is no array; `ValueError` for a dotted name that
     several leaves share, which tuple paths tell apart; `TypeError` for what is no mapping.
+
+    >>> tree = StateTree({'W': ParamState({'bias': 0., 'weight': 1.})})
+    >>> tree, unexpected, missing = assign(tree, {'W.bias': np.float64(2), 'V': np.ones(2)})
+    >>> tree['W']['bias'].item(), unexpected, missing
+    (2.0, ['V'], [('W', 'weight')])
     """
     old, new, unexpected = _tree_leaves(state), {}, []
     named = _by_name(old)
@@ -1169,14 +1174,9 @@ def call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None,
                  key: Key = None) -> T:
     """`call_all` in place: the methods run on the modules themselves. Returns the target.
 
-    If anything raises, all is as it was before: state values, attributes, and the lists and dicts
-    in them. Raises what `call_all` raises.
-
     >>> class Counter(Module):
-    ...     def tick(self): self.count += 1
-    >>> counter = Counter()
-    >>> counter.count = 1
-    >>> call_all_fns(counter, 'tick').count
+    ...     def tick(self): self.count.value += 1
+    >>> call_all_fns(restore(Counter(), StateTree({'count': State(1)})), 'tick').count.value.item()
     2
     """
     graph = _walk(target)
@@ -1194,7 +1194,8 @@ def _undo(graph: _Graph) -> Callable[[], None]:
     """A function that puts all objects of a graph, and the values of its states, back as now."""
     parts: list[Any] = [*map(vars, graph.modules.values()), *map(vars, graph.states.values())]
     parts += [part for part in graph.containers.values() if not isinstance(part, tuple)]
-    values = [box.value for box in graph.states.values() if not _is_array_type(type(box.value))]
+    values = [box.value for box in graph.states.values()
+              if _ROLES[type(box.value)] is not jax.Array]
     for value in values:  # grows by the parts of each
         if not isinstance(value, (list, tuple, dict, np.ndarray)):  # an instance of another class
             value = () if isinstance(value, jax.Array) else getattr(value, "__dict__", ())
@@ -1219,10 +1220,7 @@ def vmap_call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = 
                       axis_size: int | None = None, node_to_exclude: Filter = None,
                       state_tag: Hashable = None, fn_if_not_exist: str = "raise", *,
                       in_axes: Any = None, state_to_exclude: Filter = None, key: Key = None) -> T:
-    """`vmap_call_all` whose states are written back into the target, which is returned.
-
-    Only states change: other attributes that the methods set are dropped. Raises what
-    `vmap_call_all` raises.
+    """`vmap_call_all` whose states, but no other attributes, are written into the target.
 
     >>> class Cell(Module):
     ...     def start(self, key): self.h = HiddenState(jax.random.normal(key, (3,)))
@@ -1237,9 +1235,9 @@ def vmap_call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = 
 
 def init_all_states(target: T, *args: Any, node_to_exclude: Filter = None, key: Key = None,
                     **kwargs: Any) -> T:
-    """`init` in place: call ``init_state`` on every node. Returns the target.
+    """`init` in place. Returns the target.
 
-    >>> init_all_states([Module()], batch_size=4)
+    >>> init_all_states([Module()])
     [Module]
     """
     return call_all_fns(target, "init_state", args, kwargs, node_to_exclude, key=key)
@@ -1247,10 +1245,10 @@ def init_all_states(target: T, *args: Any, node_to_exclude: Filter = None, key: 
 
 def reset_all_states(target: T, *args: Any, node_to_exclude: Filter = None, key: Key = None,
                      **kwargs: Any) -> T:
-    """`reset` in place: call ``reset_state`` on every node. Returns the target.
+    """`reset` in place. Returns the target.
 
-    >>> reset_all_states({'encoder': Module()})
-    {'encoder': Module}
+    >>> reset_all_states([Module()])
+    [Module]
     """
     return call_all_fns(target, "reset_state", args, kwargs, node_to_exclude, key=key)
 
@@ -1260,8 +1258,8 @@ def vmap_init_all_states(target: T, *args: Any, axis_size: int | None = None,
                          state_tag: Hashable = None, key: Key = None, **kwargs: Any) -> T:
     """`vmap_init` in place. Returns the target.
 
-    >>> vmap_init_all_states(Module(), axis_size=4)
-    Module
+    >>> vmap_init_all_states([Module()], axis_size=4)
+    [Module]
     """
     return vmap_call_all_fns(target, "init_state", args, kwargs, axis_size, node_to_exclude,
                              state_tag, state_to_exclude=state_to_exclude, key=key)
@@ -1272,8 +1270,8 @@ def vmap_reset_all_states(target: T, *args: Any, axis_size: int | None = None,
                           state_tag: Hashable = None, key: Key = None, **kwargs: Any) -> T:
     """`vmap_reset` in place. Returns the target.
 
-    >>> vmap_reset_all_states(Module(), axis_size=4)
-    Module
+    >>> vmap_reset_all_states([Module()], axis_size=4)
+    [Module]
     """
     return vmap_call_all_fns(target, "reset_state", args, kwargs, axis_size, node_to_exclude,
                              state_tag, state_to_exclude=state_to_exclude, key=key)
@@ -1281,7 +1279,7 @@ def vmap_reset_all_states(target: T, *args: Any, axis_size: int | None = None,
 
 def assign_state_values(target: Any, *state_by_abs_path: Mapping[Any, Any],
                         ) -> tuple[list[Any], list[Path]]:
-    """`assign` in place: ``(unexpected, missing)``. Raises what `assign` raises, changing nothing.
+    """`assign` in place: ``(unexpected, missing)``.
 
     >>> assign_state_values(Module(), {'v': np.ones(2)})
     (['v'], [])
@@ -1304,9 +1302,9 @@ class _Cell(Module):
     def reset_state(self) -> None:
         self.h.value = jnp.zeros(3)
 
-    def update(self, x: jax.Array) -> jax.Array:
-        self.h.value += self.leak.value * (jnp.tanh(self.weight.value @ self.h.value + x) - self.h.value)
-        return self.h.value
+    def update(self, x: jax.Array) -> None:
+        drive = jnp.tanh(self.weight.value @ self.h.value + x)
+        self.h.value += self.leak.value * (drive - self.h.value)
 
 
 def _demonstrate() -> None:
