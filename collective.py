@@ -327,6 +327,9 @@ class _Static:
     def __init__(self, paths: tuple[Path, ...], entries: tuple[_Entry, ...]) -> None:
         self.paths, self.entries = paths, entries
 
+    def __repr__(self) -> str:  # as JAX shows it in its messages
+        return ", ".join(map(_dotted, self.paths))
+
     @functools.cached_property
     def found(self) -> dict[Path | str, list[int]]:
         """Positions by path and by dotted name, which several paths may share."""
@@ -743,6 +746,8 @@ def _use(method: Any, function: Any, plan: _Plan) -> tuple[float, bool, str, Any
     """
     if not callable(method):
         return 0, False, _ABSENT if method is _ABSENT else _UNCALLABLE, function
+    if function in (Module.init_state, Module.reset_state):  # which do nothing, with no key
+        return -math.inf, False, "", function
     try:
         parameters = inspect.signature(method).parameters
     except ValueError:  # a builtin that does not tell
@@ -933,6 +938,7 @@ def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | 
     mapped, shared = partition(state, lambda path, box: box.mapped and not excluded(path, box))
     size = _members(mapped, axis_size)
     keys = None if plan.key is None else jax.random.split(plan.key, size)
+    in_axes = tuple(in_axes) if isinstance(in_axes, list) else in_axes  # as jax.vmap takes them
     output_paths: list[Path] = []
 
     def run_member(index: Any, key: Key, mapped: StateTree, args: Any) -> Any:
