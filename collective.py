@@ -956,7 +956,7 @@ def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | 
         return list(outputs.values()), StateTree(own), _same_for_all(index, StateTree(common))
 
     outputs, own, common = jax.vmap(
-        run_member, in_axes=(0, 0, 0, in_axes), out_axes=(0, 0, None), axis_size=size,
+        run_member, in_axes=(0, 0, 0, in_axes), out_axes=(0, 0, None),
     )(jnp.arange(size), keys, _with_axes(mapped, -1), plan.args)
     return dict(zip(output_paths, outputs)), _with_axes(own, +1) | common
 
