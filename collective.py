@@ -239,7 +239,7 @@ def _is_holder(thing: Any) -> bool:
 
 
 def _attributes(module: Module) -> Iterable[tuple[str, Any]]:
-    return vars(module).items()
+    return module.__dict__.items()
 
 
 class _Roles(dict[type, Any]):
@@ -617,20 +617,29 @@ def _copied(graph: _Graph, state: StateTree) -> tuple[dict[int, Any], dict[Path,
         raise ValueError(f"the state tree lacks {_sites(graph.states, lacking)}, which the module "
                          "has; pass the whole tree, such as `params | rest`")
     copies: dict[int, Any] = {}
-    parts: list[Any] = []  # attributes, dicts and lists, with the copies that are to hold copies of the parts
-    old: Any
-    new: Any
-    for old in [*graph.modules.values(), *graph.states.values()]:
-        copies[id(old)] = new = object.__new__(type(old))
-        parts.append((vars(old), vars(new)))
+    for thing in [*graph.modules.values(), *graph.states.values()]:
+        copies[id(thing)] = new = object.__new__(type(thing))
+        new.__dict__.update(thing.__dict__)
     for old in graph.containers.values():
         if not isinstance(old, tuple):
-            copies[id(old)] = new = copy.copy(old)
-            parts.append((old, new))
+            copies[id(old)] = copy.copy(old)
     for method in graph.methods:
         if id(method.__self__) in copies:
             copies[id(method)] = types.MethodType(method.__func__, copies[id(method.__self__)])
-    tuples = [old for old in graph.containers.values() if isinstance(old, tuple)]
+    _copy_tuples([old for old in graph.containers.values() if isinstance(old, tuple)], copies)
+    for old in [*graph.modules.values(), *graph.containers.values()]:
+        if not isinstance(old, tuple):
+            parts = copies[id(old)].__dict__ if isinstance(old, Module) else copies[id(old)]
+            for name, part in _ROLES[type(old)](old):
+                if id(part) in copies:
+                    parts[name] = copies[id(part)]
+    boxes = {path: copies[id(box)] for path, box in graph.states.items()}
+    _fill(copies[id(graph.root)], boxes, state)
+    return copies, boxes
+
+
+def _copy_tuples(tuples: list[tuple[Any, ...]], copies: dict[int, Any]) -> None:
+    """Add copies of tuples to those of all else, which they cannot take up later."""
     for old in tuples:
         if any(isinstance(part, tuple) and id(part) not in copies for part in old):
             tuples.append(old)  # to come again, after the tuples in it
@@ -638,14 +647,6 @@ def _copied(graph: _Graph, state: StateTree) -> tuple[dict[int, Any], dict[Path,
         new = [copies.get(id(part), part) for part in old]
         changed = any(part is not other for part, other in zip(old, new))
         copies[id(old)] = tuple.__new__(type(old), new) if changed else old
-    for old, new in parts:
-        if isinstance(old, list):
-            new[:] = [copies.get(id(part), part) for part in old]
-        else:
-            new.update({name: copies.get(id(part), part) for name, part in old.items()})
-    boxes = {path: copies[id(box)] for path, box in graph.states.items()}
-    _fill(copies[id(graph.root)], boxes, state)
-    return copies, boxes
 
 
 # ---- The call engine -----------------------------------------------------------------------------
