@@ -70,6 +70,8 @@ from collective import (
 )
 
 KEY = jax.random.key(0)
+HERE = Path(collective.__file__).parent
+SOURCE = Path(collective.__file__).read_text()
 
 
 # ---- The models ------------------------------------------------------------------------------
@@ -1008,15 +1010,17 @@ def test_keys_do_not_depend_on_the_process():
         "import jax, collective as c\n"
         "class Noise(c.Module):\n"
         "    def draw(self, key): return jax.random.key_data(key).tolist()\n"
-        "print(c.call_all({'a': [Noise()]}, c.StateTree({}), 'draw', key=jax.random.key(3))[0]['a', 0])"
+        "print(c.call_all({'a': [Noise()]}, c.StateTree({}), 'draw', key=jax.random.key(0))[0]['a', 0])"
     )
-    runs = {
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                       cwd=Path(collective.__file__).parent,
-                       env=dict(os.environ, PYTHONHASHSEED=seed)).stdout  # fmt: skip
-        for seed in ("1", "2")
-    }
-    assert len(runs) == 1 and "[" in runs.pop()
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=dict(os.environ, PYTHONHASHSEED="1"),
+                         capture_output=True, text=True, check=True)  # fmt: skip
+
+    class Here(Module):
+        def draw(self, key):
+            return jax.random.key_data(key).tolist()
+
+    here = call_all({"z": Here(), "a": [Here()]}, StateTree({}), "draw", key=KEY)[0]["a", 0]
+    assert run.stdout.strip() == str(here)
 
 
 @pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(0), np.array([0, 0], np.uint32)])
@@ -1214,19 +1218,19 @@ def test_a_deep_chain_works_at_the_default_recursion_limit():
     assert sys.getrecursionlimit() <= 3000
     tree = snapshot(model)
     assert len(tree) == 3000
-    _, after = call_all(model, tree, "bump")
-    call_all_fns(model, "bump")
+    _, after = call_all(model, tree, "put", jnp.ones(2))
+    call_all_fns(model, "put", jnp.ones(2))
     assert float(after[("next",) * 2999 + ("state",)][0]) == float(model.state.value[0]) == 1
 
 
 class Link(Module):
-    def __init__(self, below):
-        self.state = State(np.zeros(2))
+    def __init__(self, below, value=jnp.zeros(2)):
+        self.state = State(value)
         if below is not None:
             self.next = below
 
-    def bump(self):
-        self.state.value = self.state.value + 1
+    def put(self, value):
+        self.state.value = value
 
 
 def chain(length):
@@ -1238,7 +1242,7 @@ def chain(length):
 
 def test_twenty_thousand_siblings_are_nothing_special():
     model = [Link(None) for _ in range(20_000)]
-    outputs, tree = call_all(model, snapshot(model), "bump")
+    outputs, tree = call_all(model, snapshot(model), "put", jnp.ones(2))
     assert len(tree) == 20_000 and not outputs
     assert all(float(value[0]) == 1 for value in list(tree.values())[::1000])
 
@@ -1572,7 +1576,7 @@ def test_only_the_episodes_that_ended_are_reset():
 
 
 def test_an_ensemble_trains_as_one_model():
-    model = Sequential(GRU(1, 4), GRU(4, 1))
+    model = GRU(1, 1)
     xs = jnp.sin(jnp.arange(12.0))[:, None]
 
     def losses(state):
@@ -1589,11 +1593,11 @@ def test_an_ensemble_trains_as_one_model():
     params, rest = partition(start, ParamState)
     for _ in range(60):
         params = train(params, rest)
-    assert (losses(params | rest) < 0.8 * losses(start)).all()
+    assert (losses(params | rest) < 0.95 * losses(start)).all()
 
 
 def test_an_ensemble_trains_member_by_member_under_vmap_too():
-    model = Sequential(GRU(1, 3))
+    model = GRU(1, 1)
     xs = jnp.sin(jnp.arange(8.0))[:, None]
 
     def loss(params, rest):
@@ -1902,8 +1906,6 @@ def test_the_documented_snapshot_loop_restores_everything():
 
 # ---- The project ---------------------------------------------------------------------------------
 
-HERE = Path(collective.__file__).parent
-SOURCE = Path(collective.__file__).read_text()
 
 
 def test_the_versions_are_stated_alike_everywhere():
@@ -1919,9 +1921,12 @@ def test_the_versions_are_stated_alike_everywhere():
 
 def test_the_file_works_alone_in_an_empty_folder(tmp_path):
     (tmp_path / "collective.py").write_text(SOURCE)
-    for arguments in (["collective.py"], ["-m", "doctest", "collective.py"]):
-        run = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout + run.stderr
+    code = ("import collective, doctest, runpy; assert doctest.testmod(collective).attempted > 50;"
+            "assert doctest.testmod(collective).failed == 0; runpy.run_path('collective.py', {}, '__main__')")  # fmt: skip
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for line in ("vmap_init: ", "rollout: ", "vmap_reset: ", "unexpected=[], missing=[]", "restore: "):
+        assert line in run.stdout
     assert {path.name for path in tmp_path.iterdir()} <= {"collective.py", "__pycache__"}
 
 
