@@ -74,6 +74,12 @@ HERE = Path(collective.__file__).parent
 SOURCE = Path(collective.__file__).read_text()
 
 
+@pytest.fixture(autouse=True)
+def compile_fast_rather_than_well(request):
+    """Half of the time of the suite would go into optimising what runs once."""
+    jax.config.update("jax_disable_most_optimizations", "bench" not in request.keywords)
+
+
 # ---- The models ------------------------------------------------------------------------------
 
 
