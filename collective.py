@@ -159,10 +159,13 @@ def _rank(path: Any) -> list[tuple[int, Any]]:
 
 
 def _in_order(paths: Iterable[Any]) -> list[Any]:
+    paths = list(paths)
     try:
-        return sorted(paths)  # the same order, only faster, where no int meets a string
+        if {type(part) for path in paths for part in path} <= {int, str}:
+            return sorted(paths)  # the same order, only faster, where no int meets a string
     except TypeError:
-        return sorted(paths, key=_rank)
+        pass
+    return sorted(paths, key=_rank)
 
 
 def _sites(things: Mapping[Path, Any], paths: Iterable[Path]) -> str:
@@ -207,6 +210,12 @@ class Module:
     """
 
     update: Callable[..., Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if slotted := [base.__name__ for base in cls.__mro__ if vars(base).get("__slots__")]:
+            raise TypeError(f"{cls.__name__} keeps attributes in the __slots__ of {slotted}, where "
+                            "states are not found; declare the class without them")
 
     def init_state(self, *args: Any, **kwargs: Any) -> Any:
         """Create the states of this module; does nothing by default."""
@@ -321,6 +330,13 @@ _Entry = tuple[type[State], Hashable, int]  # kind, tag and mapped count of one 
 _Rows = dict[Path, tuple[_Entry, Any]]  # what a tree is built from: an entry and a value each
 
 
+def _by_name(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    named: dict[str, list[Path]] = {}
+    for path in paths:
+        named.setdefault(_dotted(path), []).append(path)
+    return named
+
+
 class _Static:
     """What all trees with the same states share."""
 
@@ -331,13 +347,13 @@ class _Static:
         return ", ".join(map(_dotted, self.paths))
 
     @functools.cached_property
-    def found(self) -> dict[Path | str, list[int]]:
-        """Positions by path and by dotted name, which several paths may share."""
-        found: dict[Path | str, list[int]] = {}
-        for position, path in enumerate(self.paths):
-            found[path] = [position]
-            found.setdefault(_dotted(path), []).append(position)
-        return found
+    def found(self) -> dict[Any, list[Path]]:
+        """Paths by themselves and by dotted name, which several may share."""
+        return {path: [path] for path in self.paths} | _by_name(self.paths)
+
+    @functools.cached_property
+    def positions(self) -> dict[Path, int]:
+        return {path: position for position, path in enumerate(self.paths)}
 
 
 _statics: weakref.WeakValueDictionary[Any, _Static] = weakref.WeakValueDictionary()
@@ -371,14 +387,14 @@ def _load(box: State, entry: _Entry, value: Any) -> State:
     return box
 
 
-def _fresh(value: Any, leaf: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
-    """A value in new containers, so that changes in place do not reach the original."""
-    return value if _ROLES[type(value)] is jax.Array else jax.tree.map(leaf, value)
+def _fresh(value: Any, convert: Any = (np.ndarray, np.generic)) -> Any:
+    """A value in new containers, so that changes in place do not reach the original.
 
-
-def _as_array(leaf: Any) -> Any:
-    """A leaf as a JAX array: a copy of a NumPy array, which `jnp.asarray` need not make."""
-    return leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
+    Leaves of the types to convert become JAX arrays: copies, which `jnp.asarray` need not make.
+    """
+    return value if _ROLES[type(value)] is jax.Array else jax.tree.map(
+        lambda leaf: jnp.array(leaf) if isinstance(leaf, convert)
+        and not isinstance(leaf, jax.Array) else leaf, value)
 
 
 class StateTree(Mapping[Path, Any]):
@@ -403,32 +419,37 @@ class StateTree(Mapping[Path, Any]):
 
     def __init__(self, states: Mapping[Any, State]) -> None:
         rows: _Rows = {}
-        for path, box in states.items():
+        for path, box in dict(states).items():
             if isinstance(path, str):
-                path = tuple(int(part) if part.isdecimal() else part for part in path.split("."))
+                path = tuple(int(part) if part.isdecimal() and part == str(int(part)) else part
+                             for part in path.split("."))
+            if path in rows:
+                raise ValueError(f"two of the names spell the path {path}; give one of them")
             if not isinstance(path, tuple) or not isinstance(box, State):
                 raise TypeError("expected a tuple path, or a dotted name, and a State; "
                                 f"got {path!r} and {type(box).__name__}")
             try:
-                rows[path] = (type(box), box.tag, box.mapped), _fresh(box.value, _as_array)
-            except TypeError as error:
+                rows[path] = (type(box), box.tag, box.mapped), _fresh(box.value, object)
+            except (TypeError, ValueError, OverflowError) as error:
                 raise TypeError(f"no array in {_sites({path: box}, [path])}: {error}") from error
         tree = _tree(rows)
         self._static, self._values = tree._static, tree._values
 
     def __getitem__(self, path: Path | str) -> Any:
-        positions, paths = self._static.found.get(path, []), self._static.paths
-        if len(positions) == 1:
-            return _fresh(self._values[positions[0]])
-        if positions:
-            raise KeyError(f"{path!r} names several states; look up one of the paths "
-                           f"{[paths[position] for position in positions]}")
-        name = path if isinstance(path, str) else _dotted(path)
-        close = difflib.get_close_matches(name, map(_dotted, paths), cutoff=0)
+        paths = self._static.found.get(path, [])
+        if len(paths) == 1:
+            return _fresh(self._values[self._static.positions[paths[0]]])
+        if paths:
+            raise KeyError(f"{path!r} names several states; look up one of the paths {paths}")
+        name = _dotted(path) if isinstance(path, tuple) else str(path)
+        close = difflib.get_close_matches(name, map(_dotted, self._static.paths), cutoff=0)
         raise KeyError(f"no state {name!r}; the closest are {close}")
 
+    def get(self, path: Any, default: Any = None) -> Any:
+        return self[path] if path in self else default  # without looking for the closest
+
     def __contains__(self, path: object) -> bool:
-        return len(self._static.found.get(path, [])) == 1  # type: ignore[call-overload]
+        return len(self._static.found.get(path, [])) == 1
 
     def __iter__(self) -> Iterator[Path]:
         return iter(self._static.paths)
@@ -477,12 +498,9 @@ def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
     >>> list(params), list(rest)
     ([('w',)], [('h',)])
     """
-    chosen, boxes = _predicate(filter), state.states() if isinstance(state, StateTree) else {}
-    matching: _Rows = {}
-    rest: _Rows = {}
-    for path, row in _rows(state).items():
-        (matching if chosen(path, boxes[path]) else rest)[path] = row
-    return _tree(matching), _tree(rest)
+    chosen, rows = _predicate(filter), _rows(state)
+    matching = {path: rows[path] for path, box in state.states().items() if chosen(path, box)}
+    return _tree(matching), _tree({path: rows[path] for path in rows if path not in matching})
 
 
 def flat_dict(state: StateTree) -> dict[str, Any]:
@@ -499,13 +517,6 @@ def flat_dict(state: StateTree) -> dict[str, Any]:
         raise ValueError(f"leaves share one dotted name: {shared}; rename a key of one of them")
     return {name: jax.random.key_data(leaves[path]) if _is_key(leaves[path]) else leaves[path]
             for name, [path] in named.items()}
-
-
-def _by_name(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    named: dict[str, list[Path]] = {}
-    for path in paths:
-        named.setdefault(_dotted(path), []).append(path)
-    return named
 
 
 def _is_key(leaf: Any) -> bool:
@@ -570,40 +581,49 @@ def restore(module: T, state: StateTree) -> T:
 
 def _fill(root: Any, boxes: dict[Path, State], state: StateTree) -> None:
     """Load a tree into the boxes of a graph; add the boxes that the graph lacks, at their paths."""
-    made: list[tuple[Any, Any, dict[Any, Any]]] = []
-    beyond = []
-    for path, row in _rows(state).items():
-        if path not in boxes:
-            boxes[path] = object.__new__(State)
-            beyond.append(path)
-        _load(boxes[path], *row)
-    for path in beyond:
+    rows, made = _rows(state), []
+    beyond = {path: object.__new__(State) for path in rows if path not in boxes}
+    for path, box in beyond.items():
         holder = root
-        for step, following in zip(path, path[1:]):
-            part = _part(holder, step)
-            if isinstance(part, tuple) and not _is_holder(_part(part, following)):
-                part = _put(holder, step, list(part))  # since it is about to change
-            elif not _is_holder(part) or isinstance(part, list) and not isinstance(following, int):
-                part = _put(holder, step, {})
-                made.append((holder, step, part))
+        for end, following in enumerate(path[1:], 1):
+            part = _part(holder, path[end - 1])
+            fitting = (Module, dict, list, tuple) if isinstance(following, int) else (Module, dict)
+            if not isinstance(part, fitting):
+                if isinstance(part, (list, tuple)) and any(isinstance(each, (Module, State)) for each in part):
+                    raise ValueError(f"no place for the state {_dotted(path)!r}, since the module "
+                                     f"has a {type(part).__name__} at {_dotted(path[:end])!r}")
+                part = _put(root, path[:end], {})
+                made.append(path[:end])
             holder = part
-        _put(holder, path[-1], boxes[path])
-    for holder, step, part in reversed(made):  # inner ones first
+        _put(root, path, box)
+    for path in reversed(made):  # inner ones first
+        part = functools.reduce(_part, path, root)
         if list(part) == list(range(len(part))):
-            _put(holder, step, list(part.values()))
+            _put(root, path, list(part.values()))
+    boxes |= beyond
+    for path, row in rows.items():
+        _load(boxes[path], *row)
 
 
 def _part(holder: Any, step: Any) -> Any:
     try:
-        return (vars(holder) if isinstance(holder, Module) else holder)[step]
+        return (holder.__dict__ if isinstance(holder, Module) else holder)[step]
     except (LookupError, TypeError):
         return None
 
 
-def _put(holder: Any, step: Any, part: T) -> T:
-    if isinstance(holder, list):
+def _put(root: Any, path: Path, part: T) -> T:
+    """Put a part at a path; a tuple there becomes a list, all but the root itself."""
+    holder: Any = functools.reduce(_part, path[:-1], root)
+    step: Any = path[-1]
+    if isinstance(holder, tuple) and len(path) > 1:
+        holder = _put(root, path[:-1], list(holder))
+    if isinstance(holder, list) and isinstance(step, int):
         holder += [None] * (step + 1 - len(holder))
-    (vars(holder) if isinstance(holder, Module) else holder)[step] = part
+    try:
+        (holder.__dict__ if isinstance(holder, Module) else holder)[step] = part
+    except TypeError:
+        raise ValueError(f"no place for {_dotted(path)!r} in a {type(holder).__name__}") from None
     return part
 
 
@@ -672,7 +692,7 @@ def call_order(level: int = 0, check_order_boundary: bool = True) -> Callable[[T
         raise ValueError(f"call_order takes a level in [0, {MAX_ORDER}); got {level}")
 
     def decorate(method: T) -> T:
-        setattr(method, "call_order", level)
+        setattr(getattr(method, "__func__", method), "call_order", level)  # of a staticmethod too
         return method
 
     return decorate
@@ -693,6 +713,7 @@ _ABSENT = ("is no method of {}; define it, exclude these nodes with node_to_excl
            "fn_if_not_exist='pass'")
 _UNCALLABLE = "is an attribute, but no method, of {}"
 _KEYLESS = "requires a key on {}; pass key=jax.random.key(0)"
+_TWICE = "gets one key by position and another by key= on {}; pass one of them"
 
 
 def _plan(nodes: dict[Path, Module], fn_name: str, args: Any = (), kwargs: Kwargs = None,
@@ -757,15 +778,16 @@ def _use(method: Any, function: Any, plan: _Plan) -> tuple[float, bool, str, Any
     named = key.kind in (key.POSITIONAL_OR_KEYWORD, key.KEYWORD_ONLY)
     given = "key" in plan.kwargs or "key" in list(parameters)[:len(plan.args)]
     lacks = named and key.default is key.empty and not given and plan.key is None
+    fault = _KEYLESS if lacks else _TWICE if named and given and plan.key is not None else ""
     takes = named or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     level = getattr(function, "call_order", -math.inf)
-    return level, takes and plan.key is not None, _KEYLESS if lacks else "", function
+    return level, takes and plan.key is not None, fault, function
 
 
 def _run(plan: _Plan, nodes: Mapping[Path, Module], boxes: Mapping[Path, State]) -> Outputs:
     """Run a plan on nodes, or on copies of them; `ValueError` if boxes lose their mapped axes."""
     fn_name, args, kwargs, key, steps, keyed = plan
-    outputs, axes = {}, _mapped_axes(boxes)
+    outputs, before = {}, _mapped_axes(boxes)
     for path in [path for level in sorted(steps) for path in steps[level]]:
         try:
             own = {"key": _node_key(key, path)} if path in keyed else {}
@@ -775,7 +797,9 @@ def _run(plan: _Plan, nodes: Mapping[Path, Module], boxes: Mapping[Path, State])
             raise
         if output is not None:
             outputs[path] = output
-    if changed := [path for path, now in _mapped_axes(boxes).items() if not now <= axes[path]]:
+    after = before | _mapped_axes(boxes)
+    if changed := [path for path, (rank, axes) in before.items()
+                   if after[path][0] < rank or not after[path][1] <= axes]:
         pure = {"init_state": "vmap_init", "reset_state": "vmap_reset"}.get(fn_name)
         forms = f"{pure} or {pure}_all_states" if pure else "vmap_apply or vmap_call_all(_fns)"
         raise ValueError(f"{fn_name!r} ran once for all members and changed the leading axes of "
@@ -783,9 +807,12 @@ def _run(plan: _Plan, nodes: Mapping[Path, Module], boxes: Mapping[Path, State])
     return outputs
 
 
-def _mapped_axes(boxes: Mapping[Path, State]) -> dict[Path, set[tuple[int, ...]]]:
-    return {path: {np.shape(leaf)[:box.mapped] for leaf in jax.tree.leaves(box.value)}
-            for path, box in boxes.items() if box.mapped}
+def _mapped_axes(boxes: Mapping[Path, State]) -> dict[Path, tuple[float, set[Any]]]:
+    """Of each mapped state the least rank of a leaf, and the mapped axes."""
+    values = {path: jax.tree.leaves(box.value) for path, box in boxes.items() if box.mapped}
+    return {path: (min(map(np.ndim, leaves), default=math.inf),
+                   {np.shape(leaf)[:boxes[path].mapped] for leaf in leaves})
+            for path, leaves in values.items()}
 
 
 def _node_key(key: Key, path: Path) -> Key:
@@ -945,15 +972,16 @@ def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | 
     def run_member(index: Any, key: Key, mapped: StateTree, args: Any) -> Any:
         member_plan = plan._replace(args=args, key=key)
         outputs, before, after = _run_on_copy(graph, mapped | shared, member_plan)
+        outputs = {path: output for path, output in outputs.items()
+                   if not isinstance(output, Module)}  # such as self, which cannot cross
         output_paths.extend(outputs)
         is_mapped = {id(box): path in mapped for path, box in before.items()}
-        own: dict[Path, State] = {}
-        common: dict[Path, State] = {}
-        for path, box in after.items():
+        for box in after.values():
             if id(box) not in is_mapped and box.tag is None:
                 box.tag = state_tag
-            per_member = is_mapped.get(id(box), not excluded(path, box))
-            (own if per_member else common)[path] = box
+        own = {path: box for path, box in after.items()
+               if is_mapped.get(id(box), not excluded(path, box))}
+        common = {path: box for path, box in after.items() if path not in own}
         return list(outputs.values()), StateTree(own), _same_for_all(index, StateTree(common))
 
     outputs, own, common = jax.vmap(
@@ -967,11 +995,12 @@ def _members(mapped: StateTree, axis_size: Any = None) -> int:
     sizes = {path: np.shape(leaf)[:1] for path, leaf in _tree_leaves(mapped).items()}
     if axis_size is None and not sizes:
         raise ValueError("no state is mapped that could tell the number of members; pass axis_size=")
-    size = next(iter(sizes.values()))[0] if axis_size is None else axis_size
-    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
+    size = next((n for shape in sizes.values() for n in shape), 0) if axis_size is None else axis_size
+    odd = [f"{_dotted(path)!r} {shape}" for path, shape in sizes.items() if shape != (size,)]
+    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1 and not odd:
         raise ValueError(f"axis_size is a positive integer; got {size!r}")
-    if odd := [f"{_dotted(path)!r} {shape}" for path, shape in sizes.items() if shape != (size,)]:
-        raise ValueError(f"{size} members are at odds with the mapped axis of {', '.join(odd)}")
+    if odd:
+        raise ValueError(f"axis_size {size} is at odds with the mapped axis of {', '.join(odd)}")
     return int(size)
 
 
@@ -1058,12 +1087,12 @@ def member(state: StateTree, i: Any) -> StateTree:
     2.0
     """
     mapped, shared = partition(state, lambda path, box: box.mapped)
-    integral = isinstance(i, (int, np.integer, jax.Array)) and not isinstance(i, bool)
-    if not integral or np.ndim(i) or not jnp.issubdtype(jnp.result_type(i), np.integer):
+    traced = isinstance(i, jax.Array) and not i.ndim and jnp.issubdtype(i.dtype, np.integer)
+    if not traced and not isinstance(i, (int, np.integer)) or isinstance(i, bool):
         raise TypeError(f"a member is chosen by one integer; got {_described(i)}")
-    if mapped and not isinstance(i, jax.Array) and not -_members(mapped) <= i < _members(mapped):
+    if jax.tree.leaves(mapped) and not traced and not -_members(mapped) <= i < _members(mapped):
         raise IndexError(f"member {i} of {_members(mapped)}")
-    return _with_axes(jax.tree.map(lambda leaf: leaf[i], mapped), -1) | shared
+    return _with_axes(jax.tree.map(lambda leaf: jnp.asarray(leaf)[i], mapped), -1) | shared
 
 
 # ---- Assigning -----------------------------------------------------------------------------------
@@ -1112,7 +1141,7 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
         lost = [leaf_path for leaf_path in leaves if leaf_path not in fitted]
         missing += [path] if lost and lost == leaves else lost
     assigned = jax.tree.unflatten(jax.tree.structure(state), list((old | fitted).values()))
-    return Assigned(assigned, _in_order(dict.fromkeys(unexpected)), missing)
+    return Assigned(assigned, _in_order(dict.fromkeys(unexpected)), _in_order(missing))
 
 
 def _matched(key: Any, value: Any, state: StateTree,
@@ -1149,7 +1178,7 @@ def _flattened(value: Any) -> Iterator[tuple[Path, Any]]:
             yield from _leaves(value.value if isinstance(value, State) else value, path)
 
 
-_KINDS = (np.bool_, np.unsignedinteger, np.signedinteger, np.floating, np.complexfloating)
+_KINDS = (np.bool_, np.integer, np.floating, np.complexfloating)
 
 
 def _fitted(new: Any, old: Any) -> Any:
@@ -1203,13 +1232,18 @@ def _undo(graph: _Graph) -> Callable[[], None]:
     parts += [part for part in graph.containers.values() if not isinstance(part, tuple)]
     values = [box.value for box in graph.states.values()
               if _ROLES[type(box.value)] is not jax.Array]
+    seen: set[int] = set()
     for value in values:  # grows by the parts of each
-        if not isinstance(value, (list, tuple, dict, np.ndarray)):  # an instance of another class
-            value = () if isinstance(value, jax.Array) else getattr(value, "__dict__", ())
+        if isinstance(value, np.ndarray) and value.flags.writeable:
+            parts.append(value)
+        if isinstance(value, (np.ndarray, jax.Array, type)) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if not isinstance(value, (list, tuple, dict)):
+            value = getattr(value, "__dict__", ())  # of an instance of a registered class
         if not isinstance(value, tuple):
             parts.append(value)
-        if not isinstance(value, np.ndarray):
-            values += value.values() if isinstance(value, dict) else value
+        values += value.values() if isinstance(value, dict) else value
     saved = [part.copy() for part in parts]
 
     def undo() -> None:
