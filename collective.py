@@ -286,19 +286,19 @@ def _walk(root: Any) -> _Graph:
         raise TypeError("expected a module, or a list, tuple or dict of modules; "
                         f"got {', '.join(strays)}")
     _, modules, containers, states, methods = graph = _Graph(root, {}, {}, {}, [])
-    items, seen = iter(lister(root)), {id(root)}
+    items, seen, roles, array = iter(lister(root)), {id(root)}, _ROLES, jax.Array
     stack: list[Any] = []  # the holders above, and how far their parts are read
     while True:
         for name, part in items:
-            role = _ROLES[type(part)]
-            if role is None or id(part) in seen:
+            role = roles[type(part)]
+            if role is None or role is array or id(part) in seen:
                 continue
             seen.add(id(part))
             if role is State:
                 states[path + (name,)] = part
             elif role is types.MethodType:
                 methods.append(part)
-            elif role is not jax.Array:
+            else:
                 stack.append((path, holder, lister, items))
                 path, holder, lister, items = path + (name,), part, role, iter(role(part))
                 break
@@ -397,6 +397,16 @@ def _fresh(value: Any, convert: Any = (np.ndarray, np.generic)) -> Any:
         and not isinstance(leaf, jax.Array) else leaf, value)
 
 
+def _tree_of(boxes: Mapping[Path, State]) -> StateTree:
+    rows: _Rows = {}
+    for path, box in boxes.items():
+        try:
+            rows[path] = (type(box), box.tag, box.mapped), _fresh(box.value, object)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise TypeError(f"no array in {_sites(boxes, [path])}: {error}") from error
+    return _tree(rows)
+
+
 class StateTree(Mapping[Path, Any]):
     """An immutable mapping from path to value, and a JAX pytree whose leaves are the arrays.
 
@@ -418,21 +428,18 @@ class StateTree(Mapping[Path, Any]):
     _values: tuple[Any, ...]
 
     def __init__(self, states: Mapping[Any, State]) -> None:
-        rows: _Rows = {}
+        boxes: dict[Path, State] = {}
         for path, box in dict(states).items():
             if isinstance(path, str):
                 path = tuple(int(part) if part.isdecimal() and part == str(int(part)) else part
                              for part in path.split("."))
-            if path in rows:
+            if path in boxes:
                 raise ValueError(f"two of the names spell the path {path}; give one of them")
             if not isinstance(path, tuple) or not isinstance(box, State):
                 raise TypeError("expected a tuple path, or a dotted name, and a State; "
                                 f"got {path!r} and {type(box).__name__}")
-            try:
-                rows[path] = (type(box), box.tag, box.mapped), _fresh(box.value, object)
-            except (TypeError, ValueError, OverflowError) as error:
-                raise TypeError(f"no array in {_sites({path: box}, [path])}: {error}") from error
-        tree = _tree(rows)
+            boxes[path] = box
+        tree = _tree_of(boxes)
         self._static, self._values = tree._static, tree._values
 
     def __getitem__(self, path: Path | str) -> Any:
@@ -564,7 +571,7 @@ def snapshot(module: Any) -> StateTree:
     >>> list(snapshot(restore(Module(), StateTree({'h': State(0.)}))))
     [('h',)]
     """
-    return StateTree(_walk(module).states)
+    return _tree_of(_walk(module).states)
 
 
 def restore(module: T, state: StateTree) -> T:
@@ -633,7 +640,8 @@ def _copied(graph: _Graph, state: StateTree) -> tuple[dict[int, Any], dict[Path,
     The objects go by the ids of the originals. All but modules, states, lists, dicts and tuples
     is shared. Raises `ValueError` listing the states of the graph that the tree lacks.
     """
-    if lacking := graph.states.keys() - _rows(state).keys():
+    rows = _rows(state)
+    if lacking := [path for path in graph.states if path not in rows]:
         raise ValueError(f"the state tree lacks {_sites(graph.states, lacking)}, which the module "
                          "has; pass the whole tree, such as `params | rest`")
     copies: dict[int, Any] = {}
@@ -790,8 +798,9 @@ def _run(plan: _Plan, nodes: Mapping[Path, Module], boxes: Mapping[Path, State])
     outputs, before = {}, _mapped_axes(boxes)
     for path in [path for level in sorted(steps) for path in steps[level]]:
         try:
-            own = {"key": _node_key(key, path)} if path in keyed else {}
-            output = getattr(nodes[path], fn_name)(*args, **kwargs, **own)
+            method = getattr(nodes[path], fn_name)
+            output = method(*args, **kwargs) if path not in keyed else method(
+                *args, **kwargs, key=_node_key(key, path))
         except Exception as error:
             error.add_note(f"raised by {fn_name!r} of {_sites(nodes, [path])}")
             raise
@@ -856,7 +865,7 @@ def apply(module: Module, state: StateTree, *args: Any, method: str = "__call__"
     """
     graph, plan = _walk(module), _plan({(): module}, method, args, kwargs)
     outputs, _, after = _run_on_copy(graph, state, plan)
-    return outputs.get(()), StateTree(after)
+    return outputs.get(()), _tree_of(after)
 
 
 def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs: Kwargs = None, *,
@@ -880,7 +889,7 @@ def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs
     graph = _walk(module)
     plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
     outputs, _, after = _run_on_copy(graph, state, plan)
-    return outputs, StateTree(after)
+    return outputs, _tree_of(after)
 
 
 def init(module: Any, *args: Any, node_to_exclude: Filter = None, key: Key = None,
@@ -982,7 +991,7 @@ def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | 
         own = {path: box for path, box in after.items()
                if is_mapped.get(id(box), not excluded(path, box))}
         common = {path: box for path, box in after.items() if path not in own}
-        return list(outputs.values()), StateTree(own), _same_for_all(index, StateTree(common))
+        return list(outputs.values()), _tree_of(own), _same_for_all(index, _tree_of(common))
 
     outputs, own, common = jax.vmap(
         run_member, in_axes=(0, 0, 0, in_axes), out_axes=(0, 0, None),

@@ -2065,8 +2065,8 @@ def test_the_versions_are_stated_alike_everywhere():
 
 def test_the_file_works_alone_in_an_empty_folder(tmp_path):
     (tmp_path / "collective.py").write_text(SOURCE)
-    code = ("import collective, doctest, runpy; assert doctest.testmod(collective).attempted > 50;"
-            "assert doctest.testmod(collective).failed == 0; runpy.run_path('collective.py', {}, '__main__')")  # fmt: skip
+    code = ("import collective, doctest, runpy; failed, attempted = doctest.testmod(collective);"
+            "assert attempted > 50 and not failed; runpy.run_path('collective.py', {}, '__main__')")
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     for line in ("vmap_init: ", "rollout: ", "vmap_reset: ", "unexpected=[], missing=[]", "restore: "):
@@ -2125,7 +2125,7 @@ def siblings(number):
 
 
 @pytest.mark.bench
-def test_bench_prints_the_costs_as_ratios_to_their_limits():
+def test_bench_prints_the_costs_as_ratios_to_their_limits(tmp_path):
     rows = []
 
     def row(what, measured, limit, unit):
@@ -2155,8 +2155,10 @@ def test_bench_prints_the_costs_as_ratios_to_their_limits():
     row("snapshot, copy and fill, each of 1,000 modules", (ours - bare) / 1000 * 1e6, 8, "us")
     code = ("import time, jax; start = time.perf_counter(); import collective; "
             "print(time.perf_counter() - start)")
-    runs = [float(subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True,
-                                 text=True, check=True).stdout) for _ in range(5)]  # fmt: skip
+    cached = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    cached["PYTHONPYCACHEPREFIX"] = str(tmp_path)  # as installed: compiled once, by the first run
+    runs = [float(subprocess.run([sys.executable, "-c", code], cwd=HERE, env=cached, text=True,
+                                 capture_output=True, check=True).stdout) for _ in range(6)][1:]  # fmt: skip
     row("import collective after import jax", statistics.median(runs) * 1e3, 15, "ms")
     print(f"\njax {jax.__version__} on {jax.devices()[0].platform}")
     for what, measured, limit, ratio in [("cost", "measured", "limit", "ratio"), *rows]:
