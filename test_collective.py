@@ -25,7 +25,6 @@ import sys
 import threading
 import time
 import tomllib
-import warnings
 from pathlib import Path
 
 import jax
@@ -342,11 +341,6 @@ def random_graph(seed):
     return nodes[0]
 
 
-def loop_over_members(call, keys):
-    """The oracle of every vmapped call: the single calls, one after the other."""
-    return [call(key) for key in keys]
-
-
 # ---- States and filters --------------------------------------------------------------------------
 
 
@@ -402,8 +396,8 @@ def test_excluding_a_node_spares_its_children_and_sees_the_module_itself():
     model = Sequential(VanillaRNN(2, 2), VanillaRNN(2, 2))
     chosen = model.layers[0]
     tree = init(model, node_to_exclude=lambda path, node: node is chosen)
-    assert list(tree) == [("layers", 0, "W", "weight"), ("layers", 1, "W", "weight"), ("layers", 1, "h")][:1] + [
-        ("layers", 1, "W", "weight"), ("layers", 1, "h")]
+    assert list(tree) == [
+        ("layers", 0, "W", "weight"), ("layers", 1, "W", "weight"), ("layers", 1, "h")]  # fmt: skip
     model.tag = "outer"
     assert ("layers", 0, "h") in init(model, node_to_exclude="outer")
 
@@ -604,11 +598,11 @@ def test_the_union_prefers_its_right_side_and_takes_only_trees():
 def test_the_repr_of_a_tree_is_a_table_without_contents():
     tree = stack(*[snapshot(Sequential(Linear(2, 3)))] * 2) | StateTree({"k": State(KEY)})
     assert repr(tree).splitlines() == [
-        "path             kind        value                                   mapped",
-        "k                State       key<fry>[]                              0",
+        "path             kind        value                                     mapped",
+        "k                State       key<fry>[]                                0",
         "layers.0.weight  ParamState  bias float32[2,3], weight float32[2,2,3]  1",
-    ] or repr(tree).split() == """path kind value mapped k State key<fry>[] 0
-        layers.0.weight ParamState bias float32[2,3], weight float32[2,2,3] 1""".split()
+    ]
+    assert repr(StateTree({})) == "path  kind  value  mapped"
 
 
 @every_model
@@ -1192,7 +1186,7 @@ def test_pure_calls_equal_calls_in_place(model):
     before = frozen(model)
     tree = init(model, key=KEY)
     assert init_all_states(real, key=KEY) is real and same(snapshot(real), tree)
-    for step in range(3):
+    for _ in range(3):
         output, tree = apply(model, tree, jnp.arange(3.0))
         assert same(real(jnp.arange(3.0)), output) and same(snapshot(real), tree)
     tree = reset(model, tree, key=jax.random.key(1))
@@ -1272,7 +1266,7 @@ def test_a_loop_of_pure_calls_is_traced_once():
     tree = init(model, key=KEY)
     for _ in range(4):
         tree = step(tree, jnp.ones(2))
-        params, rest = partition(tree, "nothing" if len(traces) > 9 else ParamState)
+        params, rest = partition(tree, ParamState)
         tree = rest | params
     tree = step(init(model, key=jax.random.key(1)), jnp.ones(2))
     assert len(traces) == 1
@@ -1462,14 +1456,10 @@ def test_what_init_creates_is_shared_and_what_init_state_creates_is_per_member()
 
 def test_what_was_shared_stays_shared_on_later_calls():
     model = GRU(2, 3)
-    tree = vmap_init(model, axis_size=4, key=jnp_key_shared(), state_to_exclude=HiddenState)
+    tree = vmap_init(model, axis_size=4, key=KEY, state_to_exclude=HiddenState)
     assert tree["h"].shape == (3,) and tree["weights"]["z"].shape == (4, 5, 3)
     tree = vmap_reset(model, tree)
     assert tree["h"].shape == (3,) and tree.states()["h",].mapped == 0
-
-
-def jnp_key_shared():
-    return KEY
 
 
 def test_excluded_states_are_shared_whatever_they_were():
@@ -1482,7 +1472,7 @@ def test_excluded_states_are_shared_whatever_they_were():
 
     tree = vmap_init(Seer(), axis_size=3)
     assert vmap_call_all(Seer(), tree, "look")[0][()].tolist() == [1, 1, 1]
-    outputs, after = vmap_call_all(Seer(), tree, "look", axis_size=5, state_to_exclude="x h".split() + [HiddenState])
+    outputs, after = vmap_call_all(Seer(), tree, "look", axis_size=5, state_to_exclude=[HiddenState])
     assert outputs[()].tolist() == [2] * 5 and same(after, tree)
 
 
@@ -1772,7 +1762,7 @@ def test_an_ensemble_is_born_sharded():
 
     boxes = jax.eval_shape(born, KEY)
     shardings = jax.tree.unflatten(jax.tree.structure(boxes), [
-        spread(box) for path, box in meta(boxes).items() for _ in jax.tree.leaves(box.value)])  # fmt: skip
+        spread(box) for path, box in boxes.states().items() for _ in jax.tree.leaves(box.value)])  # fmt: skip
     sharded = jax.jit(born, out_shardings=shardings)(KEY)
     assert len(sharded["layers.0.h"].sharding.device_set) == 8
     assert same(sharded, born(KEY), exact=False)
@@ -1781,10 +1771,6 @@ def test_an_ensemble_is_born_sharded():
     outputs, after = step(sharded, x)
     assert same(outputs, step(born(KEY), x)[0], exact=False)
     assert after["layers.0.h"].sharding.is_equivalent_to(sharded["layers.0.h"].sharding, 2)
-
-
-def meta(tree):
-    return tree.states()
 
 
 def test_a_model_too_large_for_memory_can_be_looked_at():
@@ -1803,9 +1789,6 @@ def test_a_model_too_large_for_memory_can_be_looked_at():
 def numbered(tree, start=0):
     """A tree of the same structure with other values."""
     return jax.tree.map(lambda leaf: jnp.full(leaf.shape, start + leaf.size, leaf.dtype), tree)
-
-
-LEAF_KEYS = [("weight",), ("weight", "weight"), "weight.weight", "weight"]
 
 
 @pytest.mark.parametrize("wrap", [
