@@ -213,9 +213,11 @@ class Module:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if slotted := [base.__name__ for base in cls.__mro__ if vars(base).get("__slots__")]:
-            raise TypeError(f"{cls.__name__} keeps attributes in the __slots__ of {slotted}, where "
-                            "states are not found; declare the class without them")
+        slots = [vars(base).get("__slots__", ()) for base in cls.__mro__]
+        names = {name for each in slots for name in ([each] if isinstance(each, str) else each)}
+        if slotted := sorted(names - {"__dict__", "__weakref__"}):
+            raise TypeError(f"{cls.__name__} keeps {slotted} in __slots__, where states are not "
+                            "found; declare the class without them")
 
     def init_state(self, *args: Any, **kwargs: Any) -> Any:
         """Create the states of this module; does nothing by default."""
@@ -342,6 +344,7 @@ class _Static:
 
     def __init__(self, paths: tuple[Path, ...], entries: tuple[_Entry, ...]) -> None:
         self.paths, self.entries = paths, entries
+        self.positions = {path: position for position, path in enumerate(paths)}
 
     def __repr__(self) -> str:  # as JAX shows it in its messages
         return ", ".join(map(_dotted, self.paths))
@@ -350,10 +353,6 @@ class _Static:
     def found(self) -> dict[Any, list[Path]]:
         """Paths by themselves and by dotted name, which several may share."""
         return {path: [path] for path in self.paths} | _by_name(self.paths)
-
-    @functools.cached_property
-    def positions(self) -> dict[Path, int]:
-        return {path: position for position, path in enumerate(self.paths)}
 
 
 _statics: weakref.WeakValueDictionary[Any, _Static] = weakref.WeakValueDictionary()
