@@ -1334,7 +1334,8 @@ def assign_state_values(target: Any, *state_by_abs_path: Mapping[Any, Any],
     (['v'], [])
     """
     state, unexpected, missing = assign(snapshot(target), *state_by_abs_path)
-    restore(target, partition(state, lambda path, box: path not in missing)[0])
+    untouched = set(missing)
+    restore(target, partition(state, lambda path, box: path not in untouched)[0])
     return unexpected, missing
 
 
