@@ -652,12 +652,13 @@ def _copied(graph: _Graph, state: StateTree) -> tuple[dict[int, Any], dict[Path,
         if id(method.__self__) in copies:
             copies[id(method)] = types.MethodType(method.__func__, copies[id(method.__self__)])
     _copy_tuples([old for old in graph.containers.values() if isinstance(old, tuple)], copies)
-    for old in [*graph.modules.values(), *graph.containers.values()]:
-        if not isinstance(old, tuple):
-            parts = copies[id(old)].__dict__ if isinstance(old, Module) else copies[id(old)]
-            for name, part in _ROLES[type(old)](old):
-                if id(part) in copies:
-                    parts[name] = copies[id(part)]
+    holders = [(module.__dict__, copies[id(module)].__dict__) for module in graph.modules.values()]
+    holders += [(old, copies[id(old)]) for old in graph.containers.values()
+                if not isinstance(old, tuple)]
+    for old, new in holders:
+        for name, part in old.items() if isinstance(old, dict) else enumerate(old):
+            if id(part) in copies:
+                new[name] = copies[id(part)]
     boxes = {path: copies[id(box)] for path, box in graph.states.items()}
     _fill(copies[id(graph.root)], boxes, state)
     return copies, boxes
