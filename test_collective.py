@@ -68,15 +68,10 @@ from collective import (
     where,
 )
 
+jax.config.update("jax_disable_most_optimizations", True)  # half of the time of the suite
 KEY = jax.random.key(0)
 HERE = Path(collective.__file__).parent
 SOURCE = Path(collective.__file__).read_text()
-
-
-@pytest.fixture(autouse=True)
-def compile_fast_rather_than_well(request):
-    """Half of the time of the suite would go into optimising what runs once."""
-    jax.config.update("jax_disable_most_optimizations", "bench" not in request.keywords)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -2133,6 +2128,7 @@ def siblings(number):
 
 @pytest.mark.bench
 def test_bench_prints_the_costs_as_ratios_to_their_limits(tmp_path):
+    jax.config.update("jax_disable_most_optimizations", False)
     rows = []
 
     def row(what, measured, limit, unit):
