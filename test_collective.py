@@ -1310,6 +1310,35 @@ def test_only_states_cross_a_pure_call():
     assert list(tree) == [("state",)] and model.logged == [] and not hasattr(model, "other")
 
 
+def test_a_created_state_crosses_once_and_its_second_names_are_dropped():
+    class Twice(Module):
+        def init_state(self):
+            self.first = self.second = HiddenState(jnp.ones(2))
+
+        def names(self):
+            return sorted(vars(self))
+
+    tree = init(Twice())
+    assert list(tree) == [("first",)]
+    assert apply(Twice(), tree, method="names")[0] == ["first"]
+    assert sorted(vars(init_all_states(Twice()))) == ["first", "second"]  # in place, both stay
+
+
+def test_a_created_state_of_a_subclass_is_made_anew_without_its_own_attributes():
+    class Decaying(HiddenState):
+        decay = 0.5
+
+    class Cell(Module):
+        def init_state(self):
+            self.h = Decaying(jnp.ones(2), tag="t")
+            self.h.decay = 0.9
+
+        def look(self):
+            return type(self.h), self.h.decay, self.h.tag
+
+    assert apply(Cell(), init(Cell()), method="look")[0] == (Decaying, 0.5, "t")
+
+
 def test_a_tree_that_lacks_states_of_the_module_is_refused():
     model = Sequential(Linear(2, 2), VanillaRNN(2, 2))
     params, rest = partition(init(model), HiddenState)
