@@ -25,11 +25,10 @@ a new tree, so they work inside ``jit``, ``grad``, ``vmap`` and ``scan``::
     assign(state, *snapshots)     -> (state, unexpected, missing)
 
 In place: `call_all_fns`, `init_all_states`, `reset_all_states`, their ``vmap_`` forms and
-`assign_state_values`. The decorator `call_order` orders the calls of both families.
+`assign_state_values`; `call_order` orders the calls of both families.
 
-Wherever a module is taken, a list, tuple or dict of modules is too; anything else is a `TypeError`.
-All that can be checked is checked before the first method runs, and a call that raises changes
-nothing: no attribute, no list, no state. What a method raises gets a note that says where.
+A list, tuple or dict of modules goes wherever a module does; anything else is a `TypeError`. All
+that can be checked is checked before the first method runs, and a call that raises changes nothing.
 
 >>> class Cell(Module):
 ...     def __init__(self, size):
@@ -57,13 +56,16 @@ Needs Python >= 3.11 and jax >= 0.4.30; tested with jax 0.4.30, 0.10.2 and 0.12.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import functools
 import hashlib
 import inspect
 import io
+import itertools
 import math
+import operator
 import threading
 import types
 import warnings
@@ -92,7 +94,7 @@ Filter = Any  # a type, a tag, a predicate, `...`, None, or a list of these: see
 Key = Any  # one PRNG key, typed or legacy, or None
 Kwargs = Mapping[str, Any] | None  # keyword arguments of a method
 Outputs = dict[Path, Any]  # what methods returned, by the paths of their modules, in call order
-T = TypeVar("T")  # what comes back as it came: a module, or a list, tuple or dict of modules
+T = TypeVar("T")  # what comes back as it came, such as a module or a list of modules
 
 
 # ---- States and filters --------------------------------------------------------------------------
@@ -148,6 +150,11 @@ def _predicate(filter: Filter) -> Any:
                     f"None, or a list or tuple of these; got {type(filter).__name__}")
 
 
+def _chosen(things: Mapping[Path, T], filter: Filter) -> dict[Path, T]:
+    chosen = _predicate(filter)
+    return {path: thing for path, thing in things.items() if chosen(path, thing)}
+
+
 def _dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
@@ -158,13 +165,11 @@ def _rank(path: Any) -> list[tuple[int, Any]]:
             else (2, repr(part)) for part in (path if isinstance(path, tuple) else (path,))]
 
 
-def _in_order(paths: Iterable[Any]) -> list[Any]:
+def _in_order(paths: Iterable[Path]) -> list[Path]:
     paths = list(paths)
-    try:
+    with contextlib.suppress(TypeError):
         if {type(part) for path in paths for part in path} <= {int, str}:
             return sorted(paths)  # the same order, only faster, where no int meets a string
-    except TypeError:
-        pass
     return sorted(paths, key=_rank)
 
 
@@ -193,31 +198,24 @@ def _described(value: Any) -> str:
 
 
 class Module:
-    """Base class of everything that holds states.
+    """Base class of all that holds states; it mixes into any class with a ``__dict__``.
 
-    It has no ``__init__`` and no metaclass, and mixes into any class with a ``__dict__``,
-    dataclasses included. Override `init_state` and `reset_state`; define `update`.
+    Override `init_state` and `reset_state`; define `update`.
 
     >>> class Scale(Module):
-    ...     def __init__(self, size): self.size, self.factor = size, ParamState(jnp.ones(size))
+    ...     def __init__(self, size): self.factor = ParamState(jnp.ones(size))
     ...     def update(self, x): return self.factor.value * x
-    >>> model = Scale(2)
-    >>> model
-    Scale
-      factor: ParamState(float32[2])
-    >>> model(3.), list(model.states())
-    (Array([3., 3.], dtype=float32), [('factor',)])
+    >>> Scale(2)(3.), Scale(2)
+    (Array([3., 3.], dtype=float32), Scale
+      factor: ParamState(float32[2]))
     """
 
     update: Callable[..., Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        slots = [vars(base).get("__slots__", ()) for base in cls.__mro__]
-        names = {name for each in slots for name in ([each] if isinstance(each, str) else each)}
-        if slotted := sorted(names - {"__dict__", "__weakref__"}):
-            raise TypeError(f"{cls.__name__} keeps {slotted} in __slots__, where states are not "
-                            "found; declare the class without them")
+        if slots := cls.__dict__.get("__slots__"):
+            raise TypeError(f"no state is found in __slots__; {cls.__name__} has {slots}")
 
     def init_state(self, *args: Any, **kwargs: Any) -> Any:
         """Create the states of this module; does nothing by default."""
@@ -230,13 +228,11 @@ class Module:
 
     def states(self, filter: Filter = ...) -> dict[Path, State]:
         """The live states that pass a filter, each once, under its first path."""
-        chosen = _predicate(filter)
-        return {path: state for path, state in _walk(self).states.items() if chosen(path, state)}
+        return _chosen(_walk(self).states, filter)
 
     def nodes(self, filter: Filter = ...) -> dict[Path, Module]:
         """The modules that pass a filter, this one included, in the order of `traverse`."""
-        chosen = _predicate(filter)
-        return {path: node for path, node in _walk(self).modules.items() if chosen(path, node)}
+        return _chosen(_walk(self).modules, filter)
 
     def __repr__(self) -> str:
         _, modules, _, states, _ = _walk(self)
@@ -245,20 +241,12 @@ class Module:
                          for path in _in_order(texts))
 
 
-def _attributes(module: Module) -> Iterable[tuple[str, Any]]:
-    return module.__dict__.items()
-
-
 class _Roles(dict[type, Any]):
-    """What a walk does with a kind of object, cached, since type checks took half of its time.
-
-    How to list the parts of a module or container; State, MethodType or jax.Array; or None.
-    """
+    """What a type is to the walk, if anything; cached, since type checks took half of its time."""
 
     def __missing__(self, kind: type) -> Any:
-        roles = {Module: _attributes, dict: dict.items, list: enumerate, tuple: enumerate}
-        roles |= {each: each for each in (State, types.MethodType, jax.Array)}
-        self[kind] = next((role for base, role in roles.items() if issubclass(kind, base)), None)
+        bases = (Module, State, dict, list, tuple, types.MethodType, jax.Array)
+        self[kind] = next((base for base in bases if issubclass(kind, base)), None)
         return self[kind]
 
 
@@ -275,43 +263,54 @@ class _Graph(NamedTuple):
     methods: list[types.MethodType]  # bound methods kept as attributes
 
 
+def _inside(holder: Any) -> Any:
+    """The dict, list or tuple in which a module or container has its parts."""
+    return holder.__dict__ if isinstance(holder, Module) else holder
+
+
+def _parts(holder: Any) -> Iterable[tuple[Any, Any]]:
+    inside = _inside(holder)
+    return inside.items() if isinstance(inside, dict) else enumerate(inside)
+
+
 def _walk(root: Any) -> _Graph:
     """Walk a module, or a list, tuple or dict of modules, depth first and without recursion."""
-    path: Path = ()
-    holder, lister = root, _ROLES[type(root)]
-    entries = [part for _, part in lister(root)] if lister in (enumerate, dict.items) else [root]
-    holders = (Module, list, tuple, dict)
-    if strays := [type(part).__name__ for part in entries if not isinstance(part, holders)]:
+    role, holders = _ROLES[type(root)], (Module, list, tuple, dict)
+    kinds = {type(part) for _, part in _parts(root)} if role in holders[1:] else {type(root)}
+    if strays := sorted(kind.__name__ for kind in kinds if not issubclass(kind, holders)):
         raise TypeError("expected a module, or a list, tuple or dict of modules; "
                         f"got {', '.join(strays)}")
     _, modules, containers, states, methods = graph = _Graph(root, {}, {}, {}, [])
-    items, seen, roles, array = iter(lister(root)), {id(root)}, _ROLES, jax.Array
+    path: Path = ()
     stack: list[Any] = []  # the holders above, and how far their parts are read
+    holder, items, seen = root, iter(_parts(root)), {id(root)}
+    roles, array = _ROLES, jax.Array
     while True:
         for name, part in items:
-            role = roles[type(part)]
-            if role is None or role is array or id(part) in seen:
+            kind = roles[type(part)]
+            if kind is None or kind is array or (identity := id(part)) in seen:
                 continue
-            seen.add(id(part))
-            if role is State:
+            seen.add(identity)
+            if kind is State:
                 states[path + (name,)] = part
-            elif role is types.MethodType:
+            elif kind is types.MethodType:
                 methods.append(part)
             else:
-                stack.append((path, holder, lister, items))
-                path, holder, lister, items = path + (name,), part, role, iter(role(part))
+                stack.append((path, holder, role, items))
+                path, holder, role = path + (name,), part, kind
+                items = iter(part.__dict__.items() if kind is Module else _parts(part))
                 break
         else:
-            (modules if lister is _attributes else containers)[path] = holder
+            (modules if role is Module else containers)[path] = holder
             if not stack:
                 return graph
-            path, holder, lister, items = stack.pop()
+            path, holder, role, items = stack.pop()
 
 
 def traverse(module: Any) -> Iterator[tuple[Path, Module]]:
     """Iterate over ``(path, module)``: each module once, children before parents.
 
-    Attributes count in definition order, and a module goes by the first path that reaches it.
+    Attributes come in definition order; a module goes by the first path that reaches it.
 
     >>> [path for path, _ in traverse({'encoder': [Module()], 'decoder': Module()})]
     [('encoder', 0), ('decoder',)]
@@ -406,11 +405,10 @@ def _tree_of(boxes: Mapping[Path, State]) -> StateTree:
 class StateTree(Mapping[Path, Any]):
     """An immutable mapping from path to value, and a JAX pytree whose leaves are the arrays.
 
-    Made from a mapping of paths, or dotted names, to `State` boxes. Containers are copied, and
-    NumPy arrays become JAX arrays, so no later change in place reaches the tree. Paths come in
-    canonical order; they, the kinds, tags and mapped counts are static (treedef). Trees compare
-    by identity. ``a | b`` is the union, in which ``b`` wins. Raises `TypeError` for a path, box or
-    leaf of another type; a look-up raises `KeyError` unless one state goes by the name.
+    Made from a mapping of paths, or dotted names, to `State` boxes: `TypeError` for anything else.
+    Containers are copied and NumPy arrays become JAX arrays. Paths, in canonical order, kinds,
+    tags and mapped counts are static. Trees compare by identity. ``a | b`` is the union, in which
+    ``b`` wins. A look-up raises `KeyError` unless exactly one state goes by the name.
 
     >>> tree = StateTree({'W': ParamState({'w': jnp.ones((2, 3)), 'b': 0.})})
     >>> tree | StateTree({'cells.0.h': HiddenState(jnp.zeros(3))})
@@ -447,9 +445,6 @@ class StateTree(Mapping[Path, Any]):
         name = _dotted(path) if isinstance(path, tuple) else str(path)
         close = difflib.get_close_matches(name, map(_dotted, self._static.paths), cutoff=0)
         raise KeyError(f"no state {name!r}; the closest are {close}")
-
-    def get(self, path: Any, default: Any = None) -> Any:
-        return self[path] if path in self else default  # without looking for the closest
 
     def __contains__(self, path: object) -> bool:
         return len(self._static.found.get(path, [])) == 1
@@ -501,9 +496,10 @@ def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
     >>> list(params), list(rest)
     ([('w',)], [('h',)])
     """
-    chosen, rows = _predicate(filter), _rows(state)
-    matching = {path: rows[path] for path, box in state.states().items() if chosen(path, box)}
-    return _tree(matching), _tree({path: rows[path] for path in rows if path not in matching})
+    rows = _rows(state)
+    chosen = _chosen(state.states(), filter)
+    return (_tree({path: rows[path] for path in chosen}),
+            _tree({path: rows[path] for path in rows if path not in chosen}))
 
 
 def flat_dict(state: StateTree) -> dict[str, Any]:
@@ -529,10 +525,9 @@ def _is_key(leaf: Any) -> bool:
 def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
     """A tree with ``new`` where ``mask`` holds and ``old`` elsewhere.
 
-    A mask of shape ``(n,)`` chooses along the first axis of each leaf: among the members of an
-    ensemble, or the episodes of a batch. Leaves that are the same object in both trees, such as
-    parameters that a reset leaves alone, are kept, whatever their shape. Raises `ValueError` if
-    the trees differ in more than their values, or if another leaf does not begin with those axes.
+    A mask of shape ``(n,)`` chooses along the first axis of each leaf, such as the members of an
+    ensemble. Leaves that are the same object in both trees are kept, whatever their shape. Raises
+    `ValueError` if the trees differ in more than values, or a leaf lacks the axes of the mask.
 
     >>> old = StateTree({'h': HiddenState(jnp.ones(2))})
     >>> where([True, False], jax.tree.map(jnp.zeros_like, old), old)['h']
@@ -573,106 +568,116 @@ def snapshot(module: Any) -> StateTree:
 def restore(module: T, state: StateTree) -> T:
     """Write a tree's values into a module, in place; states that the tree lacks keep theirs.
 
-    States that the module lacks are created. Returns the module.
+    States that the module lacks are created: `ValueError` if there is no place for one.
 
     >>> restore(Module(), StateTree({'h': HiddenState(jnp.ones(2))})).h
     HiddenState(float32[2])
     """
-    _fill(module, _walk(module).states, state)
+    graph = _walk(module)
+    with _all_or_nothing(graph):
+        _fill(module, graph.states, _rows(state))
     return module
 
 
-def _fill(root: Any, boxes: dict[Path, State], state: StateTree) -> None:
-    """Load a tree into the boxes of a graph; add the boxes that the graph lacks, at their paths."""
-    rows, made = _rows(state), []
-    beyond = {path: object.__new__(State) for path in rows if path not in boxes}
-    for path, box in beyond.items():
-        holder = root
-        for end, following in enumerate(path[1:], 1):
-            part = _part(holder, path[end - 1])
-            fitting = (Module, dict, list, tuple) if isinstance(following, int) else (Module, dict)
-            if not isinstance(part, fitting):
-                parts = part if isinstance(part, (list, tuple)) else ()
-                if any(isinstance(each, (Module, State)) for each in parts):
-                    raise ValueError(f"no place for the state {_dotted(path)!r}, since the module "
-                                     f"has a {type(part).__name__} at {_dotted(path[:end])!r}")
-                part = _put(root, path[:end], {})
-                made.append(path[:end])
-            holder = part
-        _put(root, path, box)
-    for path in reversed(made):  # inner ones first
-        part = functools.reduce(_part, path, root)
-        if list(part) == list(range(len(part))):
-            _put(root, path, list(part.values()))
-    boxes |= beyond
+@contextlib.contextmanager
+def _all_or_nothing(graph: _Graph) -> Iterator[None]:
+    """After an error, put the objects of a graph and the values of its states back as now."""
+    dicts = [*map(vars, graph.modules.values()), *map(vars, graph.states.values())]
+    dicts += [part for part in graph.containers.values() if isinstance(part, dict)]
+    names = list(map(tuple, dicts))  # not copies of dicts, which would wake the garbage collector
+    parts = list(itertools.chain.from_iterable(map(dict.values, dicts)))
+    lists = [(part, part.copy()) for part in graph.containers.values() if isinstance(part, list)]
+    values = [(box, copy.deepcopy(box.value, {id(leaf): leaf for leaf in jax.tree.leaves(box.value)
+                                              if isinstance(leaf, jax.Array)}))
+              for box in graph.states.values() if _ROLES[type(box.value)] is not jax.Array]
+    try:
+        yield
+    except BaseException:
+        rest = iter(parts)
+        for each, own in zip(dicts, names):
+            each.clear()
+            each.update(zip(own, rest))
+        for part, before in lists:
+            part[:] = before
+        for box, value in values:
+            box.value = value
+        raise
+
+
+def _fill(root: Any, boxes: dict[Path, State], rows: _Rows) -> None:
+    """Load rows into the boxes of a graph; add the boxes that it lacks, at their paths.
+
+    Where it has no holder for them, it gets a dict, or a list if the steps are 0, 1, and so on.
+    """
+    made = []
+    for path in [path for path in rows if path not in boxes]:
+        inside = _inside(root)
+        step: Any
+        try:
+            for end, step in enumerate(path, 1):
+                if isinstance(inside, list):
+                    inside += [None] * (step + 1 - len(inside))
+                if end == len(path):
+                    inside[step] = boxes[path] = object.__new__(State)
+                    break
+                part = inside.get(step) if isinstance(inside, dict) else inside[step]
+                if isinstance(part, tuple) and not any(_ROLES[type(each)] for each in part):
+                    part = inside[step] = list(part)
+                if not isinstance(part, (Module, dict, list, tuple)) or (
+                        part == [] and not isinstance(path[end], int)):
+                    part = inside[step] = {}
+                    made.append((inside, step))
+                inside = _inside(part)
+        except (IndexError, TypeError):
+            raise ValueError(f"no place for the state {_dotted(path)!r}: the module has a "
+                             f"{type(inside).__name__} at {_dotted(path[:end - 1])!r}") from None
+    for inside, step in reversed(made):  # inner ones first
+        if list(inside[step]) == list(range(len(inside[step]))):
+            inside[step] = list(inside[step].values())
     for path, row in rows.items():
         _load(boxes[path], *row)
 
 
-def _part(holder: Any, step: Any) -> Any:
-    try:
-        return (holder.__dict__ if isinstance(holder, Module) else holder)[step]
-    except (LookupError, TypeError):
-        return None
+def _copied(graph: _Graph, state: StateTree) -> tuple[Any, dict[Path, Any], dict[Path, State]]:
+    """A private copy of a graph, filled from a tree: its root, modules and states.
 
-
-def _put(root: Any, path: Path, part: T) -> T:
-    """Put a part at a path; a tuple there becomes a list, all but the root itself."""
-    holder: Any = functools.reduce(_part, path[:-1], root)
-    step: Any = path[-1]
-    if isinstance(holder, tuple) and len(path) > 1:
-        holder = _put(root, path[:-1], list(holder))
-    if isinstance(holder, list) and isinstance(step, int):
-        holder += [None] * (step + 1 - len(holder))
-    try:
-        (holder.__dict__ if isinstance(holder, Module) else holder)[step] = part
-    except TypeError:
-        raise ValueError(f"no place for {_dotted(path)!r} in a {type(holder).__name__}") from None
-    return part
-
-
-def _copied(graph: _Graph, state: StateTree) -> tuple[dict[int, Any], dict[Path, State]]:
-    """A private copy of a graph, filled from a tree: its objects, and its boxes by path.
-
-    The objects go by the ids of the originals. All but modules, states, lists, dicts and tuples
-    is shared. Raises `ValueError` listing the states of the graph that the tree lacks.
+    All but modules, states, lists, dicts and tuples is shared.
     """
     rows = _rows(state)
     if lacking := [path for path in graph.states if path not in rows]:
         raise ValueError(f"the state tree lacks {_sites(graph.states, lacking)}, which the module "
                          "has; pass the whole tree, such as `params | rest`")
     copies: dict[int, Any] = {}
-    for thing in [*graph.modules.values(), *graph.states.values()]:
+    tuples = []
+    for thing in (*graph.modules.values(), *graph.states.values()):
         copies[id(thing)] = new = object.__new__(type(thing))
         new.__dict__.update(thing.__dict__)
     for old in graph.containers.values():
-        if not isinstance(old, tuple):
+        if isinstance(old, tuple):
+            tuples.append(old)
+        else:
             copies[id(old)] = copy.copy(old)
     for method in graph.methods:
         if id(method.__self__) in copies:
             copies[id(method)] = types.MethodType(method.__func__, copies[id(method.__self__)])
-    _copy_tuples([old for old in graph.containers.values() if isinstance(old, tuple)], copies)
-    holders = [(module.__dict__, copies[id(module)].__dict__) for module in graph.modules.values()]
-    holders += [(old, copies[id(old)]) for old in graph.containers.values()
-                if not isinstance(old, tuple)]
-    for old, new in holders:
-        for name, part in old.items() if isinstance(old, dict) else enumerate(old):
-            if id(part) in copies:
-                new[name] = copies[id(part)]
-    boxes = {path: copies[id(box)] for path, box in graph.states.items()}
-    _fill(copies[id(graph.root)], boxes, state)
-    return copies, boxes
-
-
-def _copy_tuples(tuples: list[tuple[Any, ...]], copies: dict[int, Any]) -> None:
-    """Add copies of tuples to those of all else, which they cannot take up later."""
-    for old in tuples:
+    for old in tuples:  # which cannot take up copies later
         if any(isinstance(part, tuple) and id(part) not in copies for part in old):
             tuples.append(old)  # to come again, after the tuples in it
             continue
         new = [copies.get(id(part), part) for part in old]
-        changed = any(part is not other for part, other in zip(old, new))
+        changed = any(map(operator.is_not, old, new))
         copies[id(old)] = tuple.__new__(type(old), new) if changed else old
+    for old in (*graph.modules.values(), *graph.containers.values()):
+        if not isinstance(old, tuple):
+            new = _inside(copies[id(old)])
+            for name, part in _parts(old):
+                if id(part) in copies:
+                    new[name] = copies[id(part)]
+    root = copies[id(graph.root)]
+    nodes = {path: copies[id(node)] for path, node in graph.modules.items()}
+    boxes = {path: copies[id(box)] for path, box in graph.states.items()}
+    _fill(root, boxes, rows)
+    return root, nodes, boxes
 
 
 # ---- The call engine -----------------------------------------------------------------------------
@@ -686,8 +691,8 @@ MAX_ORDER = 10
 def call_order(level: int = 0, check_order_boundary: bool = True) -> Callable[[T], T]:
     """Decorate a method to run at a level: after all undecorated ones, lower levels first.
 
-    Raises `TypeError` unless the level is an int, and `ValueError` unless it lies in
-    ``[0, MAX_ORDER)`` or ``check_order_boundary=False``.
+    Raises `TypeError` unless it is an int, and `ValueError` unless it lies in ``[0, MAX_ORDER)``
+    or ``check_order_boundary=False``.
 
     >>> call_order(1)(lambda self: None).call_order
     1
@@ -780,8 +785,8 @@ def _use(method: Any, function: Any, plan: _Plan) -> tuple[float, bool, str, Any
         parameters = inspect.signature(method).parameters
     except ValueError:  # a builtin that does not tell
         parameters = types.MappingProxyType({})
-    key: Any = parameters.get("key", inspect.Parameter("key", inspect.Parameter.VAR_POSITIONAL))
-    named = key.kind in (key.POSITIONAL_OR_KEYWORD, key.KEYWORD_ONLY)
+    key: Any = parameters.get("key")
+    named = key is not None and key.kind in (key.POSITIONAL_OR_KEYWORD, key.KEYWORD_ONLY)
     given = "key" in plan.kwargs or "key" in list(parameters)[:len(plan.args)]
     lacks = named and key.default is key.empty and not given and plan.key is None
     fault = _KEYLESS if lacks else _TWICE if named and given and plan.key is not None else ""
@@ -828,17 +833,14 @@ def _node_key(key: Key, path: Path) -> Key:
     return _fold_in(key, np.frombuffer(digest, "<u4").astype(np.uint32))
 
 
-@jax.jit
-def _fold_in(key: Key, words: Any) -> Key:
-    return jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
+_fold_in = jax.jit(lambda key, words: functools.reduce(jax.random.fold_in, words, key))
 
 
 def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan) -> tuple[Outputs, Any, Any]:
     """Run a plan on a copy: the outputs, the boxes before, and the boxes after, by path."""
-    copies, before = _copied(graph, state)
-    nodes = {path: copies[id(node)] for path, node in graph.modules.items()}
-    outputs = _run(plan, nodes, before)
-    after, known = _walk(copies[id(graph.root)]), set(map(id, copies.values()))
+    root, nodes, before = _copied(graph, state)
+    outputs, after = _run(plan, nodes, before), _walk(root)
+    known = set(map(id, nodes.values()))
     if created := [path for path, node in after.modules.items() if id(node) not in known]:
         raise ValueError(f"{plan.fn_name!r} created modules, which no state tree can hold: "
                          f"{_sites(after.modules, created)}; create modules in __init__, "
@@ -853,8 +855,8 @@ def apply(module: Module, state: StateTree, *args: Any, method: str = "__call__"
           **kwargs: Any) -> tuple[Any, StateTree]:
     """Call one method of a module: ``(output, state)``, with a new tree.
 
-    Raises `ValueError` if the tree lacks a state of the module, if the method creates modules,
-    or if it changes the leading axes of a mapped state.
+    Raises `ValueError` if the tree lacks a state of the module, or if the method creates modules
+    or changes the leading axes of a mapped state.
 
     >>> class Counter(Module):
     ...     def update(self, by): self.count.value += by
@@ -869,15 +871,14 @@ def apply(module: Module, state: StateTree, *args: Any, method: str = "__call__"
 def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs: Kwargs = None, *,
              node_to_exclude: Filter = None, fn_if_not_exist: str = "raise",
              key: Key = None) -> tuple[Outputs, StateTree]:
-    """Call a method on every node: ``(outputs, state)``, with outputs by path and a new tree.
+    """Call a method on every node: ``(outputs, state)``, with a new tree.
 
-    Outputs come in call order, without those that are None. With ``key``, each node whose method
-    has a parameter ``key``, or takes ``**kwargs``, gets a key of its own, made of ``key`` and the
-    node's path alone. ``fn_if_not_exist`` is 'raise', 'warn' or 'pass' (or 'none').
+    Outputs, by path in call order, lack those that are None. With ``key``, each node whose method
+    has a parameter ``key``, or takes ``**kwargs``, gets its own, made of ``key`` and the node's
+    path alone. ``fn_if_not_exist`` is 'raise', 'warn' or 'pass' (or 'none').
 
-    Raises `AttributeError` for a missing method; `TypeError` for an attribute that is no method,
-    a bad filter, and a method that requires a key when none is given; `ValueError` for a bad
-    policy; and what `apply` raises.
+    Raises what `apply` raises; `AttributeError` for a missing method; `TypeError` for an attribute
+    that is no method, or a required key that is not given; `ValueError` for a bad policy.
 
     >>> class Layer(Module):
     ...     def norm(self, power): return jnp.sum(self.w.value ** power)
@@ -924,8 +925,8 @@ def vmap_apply(module: Module, state: StateTree, *args: Any, in_axes: Any = 0,
                **kwargs: Any) -> tuple[Any, StateTree]:
     """Call one method of a module once per member: ``(outputs, state)``, with a new tree.
 
-    Positional arguments are mapped by ``in_axes``, as in `jax.vmap`. Keyword arguments are shared
-    by all members: pass the members' keys by position. Outputs are ``(axis_size, *shape)``.
+    Positional arguments are mapped by ``in_axes``, as in `jax.vmap`; keyword arguments are shared.
+    Outputs are ``(axis_size, *shape)``. Raises what `vmap_call_all` raises.
 
     >>> class Square(Module):
     ...     def update(self, x): return x ** 2
@@ -944,15 +945,14 @@ def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (),
                   key: Key = None) -> tuple[Outputs, StateTree]:
     """Call a method on every node, once per member: ``(outputs, state)``, with a new tree.
 
-    Mapped states are seen one member at a time. The others, and those that match
+    Mapped states are seen one member at a time; the others, and those that match
     ``state_to_exclude``, are shared by all. A state created during the call gains an axis of
-    ``axis_size``, by default the size of the mapped states, and the tag ``state_tag`` if it has
-    none. ``in_axes`` maps ``args``, as in `jax.vmap`; by default they are shared. Member ``i``
-    sees the key ``jax.random.split(key, axis_size)[i]``. Outputs are ``(axis_size, *shape)``.
+    ``axis_size``, by default that of the mapped states, and the tag ``state_tag`` if it has none.
+    ``in_axes`` maps ``args``, by default shared. Member ``i`` sees the key
+    ``jax.random.split(key, axis_size)[i]``. Outputs are ``(axis_size, *shape)``.
 
     Raises what `call_all` raises, and `ValueError` for an ``axis_size`` that is no positive
-    integer, at odds with a mapped state, or None when there is none, and for a shared state that
-    ends up different per member.
+    integer or at odds with a mapped state, and for a shared state that becomes one per member.
 
     >>> class Noise(Module):
     ...     def draw(self, key): return jax.random.normal(key, (2,))
@@ -1043,9 +1043,7 @@ def _same_for_all(index: Any, common: StateTree) -> Any:
 def vmap_init(module: Any, *args: Any, axis_size: int | None, in_axes: Any = None,
               node_to_exclude: Filter = None, state_to_exclude: Filter = None,
               state_tag: Hashable = None, key: Key = None, **kwargs: Any) -> StateTree:
-    """`init` for ``axis_size`` members: what ``init_state`` creates is ``(axis_size, *shape)``.
-
-    What ``__init__`` created is shared.
+    """`init` per member: what ``init_state`` creates is ``(axis_size, *shape)``, the rest shared.
 
     >>> class Cell(Module):
     ...     def init_state(self, key): self.h = HiddenState(jax.random.normal(key, (3,)))
@@ -1073,7 +1071,7 @@ def vmap_reset(module: Any, state: StateTree, *args: Any, axis_size: int | None 
 
 
 def stack(*states: StateTree) -> StateTree:
-    """One ensemble of single trees, each leaf ``(len(states), *shape)`` and counted as mapped.
+    """One ensemble of single trees, with mapped leaves of shape ``(len(states), *shape)``.
 
     Raises `ValueError` without trees, or if they differ in more than their values.
 
@@ -1087,19 +1085,19 @@ def stack(*states: StateTree) -> StateTree:
 
 
 def member(state: StateTree, i: Any) -> StateTree:
-    """Member ``i`` of an ensemble as a single tree. A traced ``i`` is clamped, as JAX does.
+    """Member ``i`` of an ensemble as a single tree. A JAX array ``i`` is clamped, as by JAX.
 
     Raises `TypeError` unless ``i`` is one integer, and `IndexError` if it is out of range.
 
     >>> member(stack(*[StateTree({'h': HiddenState(float(i))}) for i in range(3)]), -1)['h'].item()
     2.0
     """
-    mapped, shared = partition(state, lambda path, box: box.mapped)
-    traced = isinstance(i, jax.Array) and not i.ndim and jnp.issubdtype(i.dtype, np.integer)
-    if not traced and not isinstance(i, (int, np.integer)) or isinstance(i, bool):
+    if np.ndim(i) or not jnp.issubdtype(getattr(i, "dtype", type(i)), np.integer):
         raise TypeError(f"a member is chosen by one integer; got {_described(i)}")
-    if jax.tree.leaves(mapped) and not traced and not -_members(mapped) <= i < _members(mapped):
-        raise IndexError(f"member {i} of {_members(mapped)}")
+    mapped, shared = partition(state, lambda path, box: box.mapped)
+    if not isinstance(i, jax.Array) and jax.tree.leaves(mapped):
+        if not -(size := _members(mapped)) <= i < size:
+            raise IndexError(f"member {i} of {size}")
     return _with_axes(jax.tree.map(lambda leaf: jnp.asarray(leaf)[i], mapped), -1) | shared
 
 
@@ -1117,13 +1115,13 @@ class Assigned(NamedTuple):
 def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
     """Load values into a tree by name: ``(state, unexpected, missing)``, with a new tree.
 
-    A snapshot is a state tree, or a mapping with paths, dotted names or nested dicts for keys, at
-    the level of states or of leaves: all reach the leaf that has the dotted name. Later snapshots
-    win. Each leaf keeps the dtype, shape and sharding that it had.
+    A snapshot is a state tree, or a mapping from paths or dotted names to values, leaves or nested
+    dicts: all reach the leaf that has the dotted name. Later snapshots win. Each leaf keeps the
+    dtype, shape and sharding that it had.
 
     Raises one `ValueError` that lists every leaf of another shape, of a kind that does not fit
     (float into int, complex into float) or that is no array; `ValueError` for a dotted name that
-    several leaves share, which tuple paths tell apart; `TypeError` for what is no mapping.
+    several leaves share; `TypeError` for what is no mapping.
 
     >>> tree = StateTree({'W': ParamState({'bias': 0., 'weight': 1.})})
     >>> tree, unexpected, missing = assign(tree, {'W.bias': np.float64(2), 'V': np.ones(2)})
@@ -1226,44 +1224,9 @@ def call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None,
     """
     graph = _walk(target)
     plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
-    undo = _undo(graph)
-    try:
+    with _all_or_nothing(graph):
         _run(plan, graph.modules, graph.states)
-    except BaseException:
-        undo()
-        raise
     return target
-
-
-def _undo(graph: _Graph) -> Callable[[], None]:
-    """A function that puts all objects of a graph, and the values of its states, back as now."""
-    parts: list[Any] = [*map(vars, graph.modules.values()), *map(vars, graph.states.values())]
-    parts += [part for part in graph.containers.values() if not isinstance(part, tuple)]
-    values = [box.value for box in graph.states.values()
-              if _ROLES[type(box.value)] is not jax.Array]
-    seen: set[int] = set()
-    for value in values:  # grows by the parts of each
-        if isinstance(value, np.ndarray) and value.flags.writeable:
-            parts.append(value)
-        if isinstance(value, (np.ndarray, jax.Array, type)) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        if not isinstance(value, (list, tuple, dict)):
-            value = getattr(value, "__dict__", ())  # of an instance of a registered class
-        if not isinstance(value, tuple):
-            parts.append(value)
-        values += value.values() if isinstance(value, dict) else value
-    saved = [part.copy() for part in parts]
-
-    def undo() -> None:
-        for part, kept in zip(parts, saved):
-            if isinstance(part, dict):
-                part.clear()
-                part.update(kept)
-            else:
-                part[... if isinstance(part, np.ndarray) else slice(None)] = kept
-
-    return undo
 
 
 def vmap_call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None,
@@ -1348,37 +1311,30 @@ class _Cell(Module):
         self.leak = LongTermState(0.5)
 
     def init_state(self, key: Key) -> None:
-        self.weight, self.h = ParamState(jax.random.normal(key, (3, 3))), HiddenState(jnp.zeros(3))
+        self.h = HiddenState(jax.random.normal(key, (3,)))
 
     def reset_state(self) -> None:
         self.h.value = jnp.zeros(3)
 
     def update(self, x: jax.Array) -> None:
-        drive = jnp.tanh(self.weight.value @ self.h.value + x)
-        self.h.value += self.leak.value * (drive - self.h.value)
+        self.h.value += self.leak.value * (jnp.tanh(x * self.h.value) - self.h.value)
 
 
 def _demonstrate() -> None:
-    def norms(state: StateTree) -> str:
-        return " ".join(f"{norm:.3f}" for norm in jnp.linalg.norm(state["0.h"], axis=-1))
-
-    @jax.jit
-    def rollout(state: StateTree, xs: jax.Array) -> StateTree:
-        step = lambda state, x: (vmap_call_all(model, state, "update", x)[1], None)  # noqa: E731
-        return jax.lax.scan(step, state, xs)[0]
-
-    model, file = [_Cell()], io.BytesIO()
-    state = vmap_init(model, axis_size=4, key=jax.random.key(0))
-    print(f"vmap_init: four members, each with weights and a hidden state of its own\n{state}")
-    after = rollout(state, jnp.ones((20, 3)))
-    print(f"rollout: 20 steps in one jitted scan, |h| {norms(state)} -> {norms(after)}")
-    state = vmap_reset(model, after)
-    print(f"vmap_reset: |h| {norms(state)}, of shape {state['0.h'].shape} as before")
+    cells = [_Cell()]
+    state = vmap_init(cells, axis_size=4, key=jax.random.key(0))
+    print(f"vmap_init: four members, each with a hidden state of its own\n{state}")
+    step = lambda state, x: (vmap_call_all(cells, state, "update", x)[1], None)  # noqa: E731
+    after, _ = jax.jit(functools.partial(jax.lax.scan, step))(state, jnp.ones((20, 3)))
+    print(f"rollout: 20 steps in one jitted scan, h[0] {state['0.h'][0]} -> {after['0.h'][0]}")
+    state = vmap_reset(cells, after)
+    print(f"vmap_reset: h[0] {state['0.h'][0]}, all of shape {state['0.h'].shape} as before")
+    file = io.BytesIO()
     np.savez(file, **flat_dict(after))
     file.seek(0)
     state, unexpected, missing = assign(state, np.load(file))
-    print(f"assign from npz: |h| {norms(state)}, {unexpected=}, {missing=}")
-    print(f"restore: member 2 alone in the module\n{restore(model, member(state, 2))[0]}")
+    print(f"assign from npz: h[0] {state['0.h'][0]}, {unexpected=}, {missing=}")
+    print(f"restore: member 2 alone in the module\n{restore(cells, member(state, 2))[0]}")
 
 
 if __name__ == "__main__":
