@@ -168,7 +168,7 @@ def _rank(path: Any) -> list[tuple[int, Any]]:
 def _in_order(paths: Iterable[Path]) -> list[Path]:
     paths = list(paths)
     with contextlib.suppress(TypeError):
-        if {type(part) for path in paths for part in path} <= {int, str}:
+        if {*map(type, itertools.chain.from_iterable(paths))} <= {int, str}:
             return sorted(paths)  # the same order, only faster, where no int meets a string
     return sorted(paths, key=_rank)
 
@@ -340,15 +340,18 @@ class _Static:
 
     def __init__(self, paths: tuple[Path, ...], entries: tuple[_Entry, ...]) -> None:
         self.paths, self.entries = paths, entries
-        self.positions = {path: position for position, path in enumerate(paths)}
 
     def __repr__(self) -> str:  # as JAX shows it in its messages
         return ", ".join(map(_dotted, self.paths))
 
     @functools.cached_property
-    def found(self) -> dict[Any, list[Path]]:
-        """Paths by themselves and by dotted name, which several may share."""
-        return {path: [path] for path in self.paths} | _by_name(self.paths)
+    def found(self) -> dict[Any, list[int]]:
+        """Positions by path, and by dotted name, which several may share."""
+        found = defaultdict(list)
+        for position, path in enumerate(self.paths):
+            found[path].append(position)
+            found[_dotted(path)].append(position)
+        return found
 
 
 _statics: weakref.WeakValueDictionary[Any, _Static] = weakref.WeakValueDictionary()
@@ -437,11 +440,11 @@ class StateTree(Mapping[Path, Any]):
         self._static, self._values = tree._static, tree._values
 
     def __getitem__(self, path: Path | str) -> Any:
-        paths = self._static.found.get(path, [])
-        if len(paths) == 1:
-            return _fresh(self._values[self._static.positions[paths[0]]])
-        if paths:
-            raise KeyError(f"{path!r} names several states; look up one of the paths {paths}")
+        positions = self._static.found.get(path, [])
+        if len(positions) == 1:
+            return _fresh(self._values[positions[0]])
+        if positions:
+            raise KeyError(f"{path!r} names several states: {[list(self)[i] for i in positions]}")
         name = _dotted(path) if isinstance(path, tuple) else str(path)
         close = difflib.get_close_matches(name, map(_dotted, self._static.paths), cutoff=0)
         raise KeyError(f"no state {name!r}; the closest are {close}")
@@ -1157,8 +1160,8 @@ def _matched(key: Any, value: Any, state: StateTree,
     extra, start = [], key if isinstance(key, tuple) else (key,)
     for rest, leaf in _flattened(value):
         paths = named.get(_dotted(start + rest), [])
-        if len(paths) > 1 and isinstance(key, tuple):
-            paths = [path for path in paths if path == key + rest] or paths
+        if isinstance(key, tuple) and key + rest in paths:
+            paths = [key + rest]
         if len(paths) > 1:
             raise ValueError(f"{_dotted(start + rest)!r} names several leaves: {paths}; "
                              "use a tuple path as the key")
@@ -1190,8 +1193,7 @@ _KINDS = (np.bool_, np.integer, np.floating, np.complexfloating)
 def _fitted(new: Any, old: Any) -> Any:
     """A value with the dtype, shape and sharding of a leaf; None if it does not fit."""
     def kind(dtype: Any) -> int:  # casts to a later kind lose nothing of note
-        kinds = [i for i, each in enumerate(_KINDS) if jnp.issubdtype(dtype, each)]
-        return kinds[0] if kinds else len(_KINDS)
+        return next((i for i, each in enumerate(_KINDS) if jnp.issubdtype(dtype, each)), 4)
 
     if _is_key(old) and not _is_key(new):
         data, impl = _fitted(new, jax.random.key_data(old)), jax.random.key_impl(old)
@@ -1200,7 +1202,7 @@ def _fitted(new: Any, old: Any) -> Any:
         new = np.asarray(new)
         if new.dtype.type is np.void and new.dtype.itemsize == old.dtype.itemsize:
             new = new.view(old.dtype)  # what npz gives back for bfloat16
-    fits = new.dtype == old.dtype or kind(new.dtype) <= kind(old.dtype) < len(_KINDS)
+    fits = new.dtype == old.dtype or kind(new.dtype) <= kind(old.dtype) < 4
     if new.shape != old.shape or not fits:
         return None
     new = jnp.array(new, old.dtype, copy=not isinstance(new, jax.Array))
