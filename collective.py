@@ -612,10 +612,10 @@ def _fill(root: Any, boxes: dict[Path, State], rows: _Rows) -> None:
 
     Where it has no holder for them, it gets a dict, or a list if the steps are 0, 1, and so on.
     """
-    made = []
-    for path in [path for path in rows if path not in boxes]:
+    beyond: list[Any] = [path for path in rows if path not in boxes]
+    made = []  # what holds a new dict, and where
+    for path in beyond:
         inside = _inside(root)
-        step: Any
         try:
             for end, step in enumerate(path, 1):
                 if isinstance(inside, list):
@@ -637,8 +637,8 @@ def _fill(root: Any, boxes: dict[Path, State], rows: _Rows) -> None:
     for inside, step in reversed(made):  # inner ones first
         if list(inside[step]) == list(range(len(inside[step]))):
             inside[step] = list(inside[step].values())
-    for path, row in rows.items():
-        _load(boxes[path], *row)
+    for path, (entry, value) in rows.items():
+        _load(boxes[path], entry, value)
 
 
 def _copied(graph: _Graph, state: StateTree) -> tuple[Any, dict[Path, Any], dict[Path, State]]:
@@ -752,9 +752,11 @@ def _plan(nodes: dict[Path, Module], fn_name: str, args: Any = (), kwargs: Kwarg
         function = getattr(method, "__func__", method)
         use = uses.get(id(function))
         if use is None:
-            use = uses[id(function)] = _use(method, function, plan)
-        level, takes_key, fault, _ = use
-        (faults[fault] if fault else plan.steps[level]).append(path)
+            level, takes_key, fault = _use(method, function, plan)
+            places = faults[fault] if fault else plan.steps[level]
+            use = uses[id(function)] = places, takes_key, function  # alive, or its id could recur
+        places, takes_key, _ = use
+        places.append(path)
         if takes_key:
             plan.keyed.add(path)
     absent = faults.pop(_ABSENT, []) if fn_if_not_exist != "raise" else []
@@ -775,15 +777,12 @@ def _check_key(key: Key, kwargs: Mapping[str, Any]) -> None:
                         "which gives all nodes the same; pass one of them")
 
 
-def _use(method: Any, function: Any, plan: _Plan) -> tuple[float, bool, str, Any]:
-    """The level of a method, whether it gets a key, what is wrong with it, and its function.
-
-    The function is there to stay alive, so that no other one gets its id meanwhile.
-    """
+def _use(method: Any, function: Any, plan: _Plan) -> tuple[float, bool, str]:
+    """The level of a method, whether it gets a key, and what is wrong with it."""
     if not callable(method):
-        return 0, False, _ABSENT if method is _ABSENT else _UNCALLABLE, function
+        return 0, False, _ABSENT if method is _ABSENT else _UNCALLABLE
     if function in (Module.init_state, Module.reset_state):  # which do nothing, with no key
-        return -math.inf, False, "", function
+        return -math.inf, False, ""
     try:
         parameters = inspect.signature(method).parameters
     except ValueError:  # a builtin that does not tell
@@ -795,7 +794,7 @@ def _use(method: Any, function: Any, plan: _Plan) -> tuple[float, bool, str, Any
     fault = _KEYLESS if lacks else _TWICE if named and given and plan.key is not None else ""
     takes = named or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     level = getattr(function, "call_order", -math.inf)
-    return level, takes and plan.key is not None, fault, function
+    return level, takes and plan.key is not None, fault
 
 
 def _run(plan: _Plan, nodes: Mapping[Path, Module], boxes: Mapping[Path, State]) -> Outputs:
