@@ -347,7 +347,7 @@ class _Static:
     @functools.cached_property
     def found(self) -> dict[Any, list[int]]:
         """Positions by path, and by dotted name, which several may share."""
-        found = defaultdict(list)
+        found: dict[Any, list[int]] = defaultdict(list)
         for position, path in enumerate(self.paths):
             found[path].append(position)
             found[_dotted(path)].append(position)
