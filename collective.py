@@ -25,10 +25,9 @@ a new tree, so they work inside ``jit``, ``grad``, ``vmap`` and ``scan``::
     assign(state, *snapshots)     -> (state, unexpected, missing)
 
 In place: `call_all_fns`, `init_all_states`, `reset_all_states`, their ``vmap_`` forms and
-`assign_state_values`; `call_order` orders the calls of both families.
-
-A list, tuple or dict of modules goes wherever a module does; anything else is a `TypeError`. All
-that can be checked is checked before the first method runs, and a call that raises changes nothing.
+`assign_state_values`. `call_order` orders the calls of both families. A list, tuple or dict of
+modules goes wherever a module does; anything else is a `TypeError`. All that can be checked is
+checked before the first method runs, and a call that raises changes nothing.
 
 >>> class Cell(Module):
 ...     def __init__(self, size):
@@ -64,13 +63,10 @@ import hashlib
 import inspect
 import io
 import itertools
-import math
-import operator
 import threading
 import types
 import warnings
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -159,6 +155,14 @@ def _dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
+def _path(name: Any) -> Path:
+    """The path that a dotted name spells; any other key is a path, or one step of it."""
+    if not isinstance(name, str):
+        return name if isinstance(name, tuple) else (name,)
+    return tuple(int(part) if part.isdecimal() and part == str(int(part)) else part
+                 for part in name.split("."))
+
+
 def _rank(path: Any) -> list[tuple[int, Any]]:
     """Where a path comes in canonical order: ints by number, then strings, then others by repr."""
     return [(0, part) if isinstance(part, int) else (1, part) if isinstance(part, str)
@@ -179,11 +183,11 @@ def _sites(things: Mapping[Path, Any], paths: Iterable[Path]) -> str:
     return ", ".join(f"{name} ({type(things[path]).__name__})" for path, name in names.items())
 
 
-def _leaves(value: Any, path: Path = ()) -> list[tuple[Path, Any]]:
+def _leaves(value: Any, path: Path = (), is_leaf: Any = None) -> list[tuple[Path, Any]]:
     """The leaves of a pytree with their paths, in the order in which JAX flattens it."""
     return [(path + tuple(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))
                           for key in keys), leaf)
-            for keys, leaf in jax.tree_util.tree_flatten_with_path(value)[0]]
+            for keys, leaf in jax.tree_util.tree_flatten_with_path(value, is_leaf)[0]]
 
 
 def _described(value: Any) -> str:
@@ -191,16 +195,14 @@ def _described(value: Any) -> str:
     return ", ".join(
         f"{_dotted(path)} {leaf.dtype}[{','.join(map(str, leaf.shape))}]".lstrip()
         if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else type(leaf).__name__
-        for path, leaf in _leaves(value))
+        for path, leaf in _leaves(value, is_leaf=lambda part: part is None))
 
 
 # ---- Modules and the walk ------------------------------------------------------------------------
 
 
 class Module:
-    """Base class of all that holds states; it mixes into any class with a ``__dict__``.
-
-    Override `init_state` and `reset_state`; define `update`.
+    """Base class of all that holds states: mix it in; define `update`, `init_state`, `reset_state`.
 
     >>> class Scale(Module):
     ...     def __init__(self, size): self.factor = ParamState(jnp.ones(size))
@@ -214,8 +216,9 @@ class Module:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if slots := cls.__dict__.get("__slots__"):
-            raise TypeError(f"no state is found in __slots__; {cls.__name__} has {slots}")
+        slots = itertools.chain(*(vars(base).get("__slots__", ()) for base in cls.__mro__))
+        if names := sorted({*slots} - {"__dict__", "__weakref__"}):
+            raise TypeError(f"no state is found in __slots__; {cls.__name__} has {names}")
 
     def init_state(self, *args: Any, **kwargs: Any) -> Any:
         """Create the states of this module; does nothing by default."""
@@ -246,8 +249,7 @@ class _Roles(dict[type, Any]):
 
     def __missing__(self, kind: type) -> Any:
         bases = (Module, State, dict, list, tuple, types.MethodType, jax.Array)
-        self[kind] = next((base for base in bases if issubclass(kind, base)), None)
-        return self[kind]
+        return self.setdefault(kind, next((base for base in bases if issubclass(kind, base)), None))
 
 
 _ROLES = _Roles()
@@ -278,8 +280,7 @@ def _walk(root: Any) -> _Graph:
     role, holders = _ROLES[type(root)], (Module, list, tuple, dict)
     kinds = {type(part) for _, part in _parts(root)} if role in holders[1:] else {type(root)}
     if strays := sorted(kind.__name__ for kind in kinds if not issubclass(kind, holders)):
-        raise TypeError("expected a module, or a list, tuple or dict of modules; "
-                        f"got {', '.join(strays)}")
+        raise TypeError(f"expected a module, or a list, tuple or dict of modules; got {strays}")
     _, modules, containers, states, methods = graph = _Graph(root, {}, {}, {}, [])
     path: Path = ()
     stack: list[Any] = []  # the holders above, and how far their parts are read
@@ -308,9 +309,7 @@ def _walk(root: Any) -> _Graph:
 
 
 def traverse(module: Any) -> Iterator[tuple[Path, Module]]:
-    """Iterate over ``(path, module)``: each module once, children before parents.
-
-    Attributes come in definition order; a module goes by the first path that reaches it.
+    """Iterate over ``(path, module)``: each once, by its first path, children before parents.
 
     >>> [path for path, _ in traverse({'encoder': [Module()], 'decoder': Module()})]
     [('encoder', 0), ('decoder',)]
@@ -320,19 +319,20 @@ def traverse(module: Any) -> Iterator[tuple[Path, Module]]:
 
 # ---- State trees ---------------------------------------------------------------------------------
 #
-# A tree holds its values in one tuple, in the canonical order of their paths, so that JAX flattens
-# it with one call. All else is static. Equal static parts are one object, so that treedefs compare
-# by identity: `_tree` looks an existing one up by its contents.
+# A tree holds its values in one tuple, in canonical order, so that JAX flattens it with one call.
+# All else is static; `_tree` makes equal static parts one object: treedefs compare by identity.
 
 _Entry = tuple[type[State], Hashable, int]  # kind, tag and mapped count of one state
 _Rows = dict[Path, tuple[_Entry, Any]]  # what a tree is built from: an entry and a value each
 
 
-def _by_name(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    named: dict[str, list[Path]] = {}
+def _found(paths: Iterable[Path]) -> dict[Any, list[Path]]:
+    """Paths by themselves, and by dotted name, which several may share."""
+    found: dict[Any, list[Path]] = {}
     for path in paths:
-        named.setdefault(_dotted(path), []).append(path)
-    return named
+        found.setdefault(path, []).append(path)
+        found.setdefault(_dotted(path), []).append(path)
+    return found
 
 
 class _Static:
@@ -340,18 +340,14 @@ class _Static:
 
     def __init__(self, paths: tuple[Path, ...], entries: tuple[_Entry, ...]) -> None:
         self.paths, self.entries = paths, entries
+        self.positions = dict(zip(paths, itertools.count()))
 
     def __repr__(self) -> str:  # as JAX shows it in its messages
         return ", ".join(map(_dotted, self.paths))
 
     @functools.cached_property
-    def found(self) -> dict[Any, list[int]]:
-        """Positions by path, and by dotted name, which several may share."""
-        found: dict[Any, list[int]] = defaultdict(list)
-        for position, path in enumerate(self.paths):
-            found[path].append(position)
-            found[_dotted(path)].append(position)
-        return found
+    def found(self) -> dict[Any, list[Path]]:
+        return _found(self.paths)
 
 
 _statics: weakref.WeakValueDictionary[Any, _Static] = weakref.WeakValueDictionary()
@@ -386,10 +382,7 @@ def _load(box: State, entry: _Entry, value: Any) -> State:
 
 
 def _fresh(value: Any, convert: Any = (np.ndarray, np.generic)) -> Any:
-    """A value in new containers, so that changes in place do not reach the original.
-
-    Leaves of the types to convert become JAX arrays: copies, which `jnp.asarray` need not make.
-    """
+    """A value in new containers, with leaves of the types to convert as new JAX arrays."""
     return value if _ROLES[type(value)] is jax.Array else jax.tree.map(
         lambda leaf: jnp.array(leaf) if isinstance(leaf, convert)
         and not isinstance(leaf, jax.Array) else leaf, value)
@@ -409,9 +402,9 @@ class StateTree(Mapping[Path, Any]):
     """An immutable mapping from path to value, and a JAX pytree whose leaves are the arrays.
 
     Made from a mapping of paths, or dotted names, to `State` boxes: `TypeError` for anything else.
-    Containers are copied and NumPy arrays become JAX arrays. Paths, in canonical order, kinds,
-    tags and mapped counts are static. Trees compare by identity. ``a | b`` is the union, in which
-    ``b`` wins. A look-up raises `KeyError` unless exactly one state goes by the name.
+    Containers are copied; NumPy arrays become JAX arrays. Paths, kinds, tags and mapped counts are
+    static. Trees compare by identity; ``b`` wins in ``a | b``. A name that not exactly one state
+    has is a `KeyError`.
 
     >>> tree = StateTree({'W': ParamState({'w': jnp.ones((2, 3)), 'b': 0.})})
     >>> tree | StateTree({'cells.0.h': HiddenState(jnp.zeros(3))})
@@ -426,27 +419,24 @@ class StateTree(Mapping[Path, Any]):
 
     def __init__(self, states: Mapping[Any, State]) -> None:
         boxes: dict[Path, State] = {}
-        for path, box in dict(states).items():
-            if isinstance(path, str):
-                path = tuple(int(part) if part.isdecimal() and part == str(int(part)) else part
-                             for part in path.split("."))
-            if path in boxes:
-                raise ValueError(f"two of the names spell the path {path}; give one of them")
-            if not isinstance(path, tuple) or not isinstance(box, State):
+        for name, box in dict(states).items():
+            if not (isinstance(name, (str, tuple)) and name and isinstance(box, State)):
                 raise TypeError("expected a tuple path, or a dotted name, and a State; "
-                                f"got {path!r} and {type(box).__name__}")
-            boxes[path] = box
+                                f"got {name!r} and {type(box).__name__}")
+            if _path(name) in boxes:
+                raise ValueError(f"two of the names spell the path {_path(name)}; give one of them")
+            boxes[_path(name)] = box
         tree = _tree_of(boxes)
         self._static, self._values = tree._static, tree._values
 
     def __getitem__(self, path: Path | str) -> Any:
-        positions = self._static.found.get(path, [])
-        if len(positions) == 1:
-            return _fresh(self._values[positions[0]])
-        if positions:
-            raise KeyError(f"{path!r} names several states: {[list(self)[i] for i in positions]}")
+        paths = self._static.found.get(path, [])
+        if len(paths) == 1:
+            return _fresh(self._values[self._static.positions[paths[0]]])
+        if paths:
+            raise KeyError(f"{path!r} names several states: {paths}")
         name = _dotted(path) if isinstance(path, tuple) else str(path)
-        close = difflib.get_close_matches(name, map(_dotted, self._static.paths), cutoff=0)
+        close = difflib.get_close_matches(name, map(_dotted, self), cutoff=0)
         raise KeyError(f"no state {name!r}; the closest are {close}")
 
     def __contains__(self, path: object) -> bool:
@@ -475,15 +465,14 @@ class StateTree(Mapping[Path, Any]):
 
     def states(self) -> dict[Path, State]:
         """Fresh boxes with the kinds, tags, mapped counts and values of this tree."""
-        return {path: _load(object.__new__(State), *row) for path, row in _rows(self).items()}
+        return {path: _load(object.__new__(row[0][0]), *row) for path, row in _rows(self).items()}
 
 
 jax.tree_util.register_pytree_with_keys(
     StateTree,
     lambda tree: ([(jax.tree_util.DictKey(_dotted(path)), value)
                    for path, value in zip(tree, tree._values)], tree._static),
-    _with_values,
-    lambda tree: (tree._values, tree._static))
+    _with_values, lambda tree: (tree._values, tree._static))
 
 
 def _tree_leaves(state: StateTree) -> dict[Path, Any]:
@@ -499,26 +488,24 @@ def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
     >>> list(params), list(rest)
     ([('w',)], [('h',)])
     """
-    rows = _rows(state)
-    chosen = _chosen(state.states(), filter)
+    rows, chosen = _rows(state), _chosen(state.states(), filter)
     return (_tree({path: rows[path] for path in chosen}),
             _tree({path: rows[path] for path in rows if path not in chosen}))
 
 
 def flat_dict(state: StateTree) -> dict[str, Any]:
-    """All leaves by dotted name, as npz and safetensors want them; typed keys as their data.
-
-    Raises `ValueError` if leaves share one dotted name.
+    """All leaves, typed keys as their data, by dotted name: `ValueError` if two share one.
 
     >>> list(flat_dict(StateTree({'layers.0': ParamState({'bias': 0., 'weight': 1.})})))
     ['layers.0.bias', 'layers.0.weight']
     """
     leaves = _tree_leaves(state)
-    named = _by_name(leaves)
-    if shared := [paths for paths in named.values() if len(paths) > 1]:
+    named = {_dotted(path): path for path in leaves}
+    if len(named) < len(leaves):
+        shared = [(path, named[_dotted(path)]) for path in leaves if path not in named.values()]
         raise ValueError(f"leaves share one dotted name: {shared}; rename a key of one of them")
-    return {name: jax.random.key_data(leaves[path]) if _is_key(leaves[path]) else leaves[path]
-            for name, [path] in named.items()}
+    return {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf
+            for name, leaf in zip(named, leaves.values())}
 
 
 def _is_key(leaf: Any) -> bool:
@@ -526,11 +513,10 @@ def _is_key(leaf: Any) -> bool:
 
 
 def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
-    """A tree with ``new`` where ``mask`` holds and ``old`` elsewhere.
+    """A tree with ``new`` where ``mask`` holds and ``old`` elsewhere, such as for some members.
 
-    A mask of shape ``(n,)`` chooses along the first axis of each leaf, such as the members of an
-    ensemble. Leaves that are the same object in both trees are kept, whatever their shape. Raises
-    `ValueError` if the trees differ in more than values, or a leaf lacks the axes of the mask.
+    Leaves that are the same object in both trees are kept, whatever their shape. Raises
+    `ValueError` if the trees differ in more than values, or a leaf is not ``(*mask.shape, ...)``.
 
     >>> old = StateTree({'h': HiddenState(jnp.ones(2))})
     >>> where([True, False], jax.tree.map(jnp.zeros_like, old), old)['h']
@@ -588,7 +574,7 @@ def _all_or_nothing(graph: _Graph) -> Iterator[None]:
     dicts = [*map(vars, graph.modules.values()), *map(vars, graph.states.values())]
     dicts += [part for part in graph.containers.values() if isinstance(part, dict)]
     names = list(map(tuple, dicts))  # not copies of dicts, which would wake the garbage collector
-    parts = list(itertools.chain.from_iterable(map(dict.values, dicts)))
+    parts = [part for each in dicts for part in each.values()]
     lists = [(part, part.copy()) for part in graph.containers.values() if isinstance(part, list)]
     values = [(box, copy.deepcopy(box.value, {id(leaf): leaf for leaf in jax.tree.leaves(box.value)
                                               if isinstance(leaf, jax.Array)}))
@@ -599,7 +585,8 @@ def _all_or_nothing(graph: _Graph) -> Iterator[None]:
         rest = iter(parts)
         for each, own in zip(dicts, names):
             each.clear()
-            each.update(zip(own, rest))
+            for name, part in zip(own, rest):  # what `update` does depends on the class
+                each[name] = part
         for part, before in lists:
             part[:] = before
         for box, value in values:
@@ -608,10 +595,7 @@ def _all_or_nothing(graph: _Graph) -> Iterator[None]:
 
 
 def _fill(root: Any, boxes: dict[Path, State], rows: _Rows) -> None:
-    """Load rows into the boxes of a graph; add the boxes that it lacks, at their paths.
-
-    Where it has no holder for them, it gets a dict, or a list if the steps are 0, 1, and so on.
-    """
+    """Load rows into boxes; place those that the root lacks, in new containers if need be."""
     beyond: list[Any] = [path for path in rows if path not in boxes]
     made = []  # what holds a new dict, and where
     for path in beyond:
@@ -620,14 +604,18 @@ def _fill(root: Any, boxes: dict[Path, State], rows: _Rows) -> None:
             for end, step in enumerate(path, 1):
                 if isinstance(inside, list):
                     inside += [None] * (step + 1 - len(inside))
-                if end == len(path):
-                    inside[step] = boxes[path] = object.__new__(State)
-                    break
                 part = inside.get(step) if isinstance(inside, dict) else inside[step]
-                if isinstance(part, tuple) and not any(_ROLES[type(each)] for each in part):
+                if isinstance(part, State) or isinstance(part, Module) and end == len(path):
+                    inside, end = part, end + 1  # which stays
+                    raise TypeError
+                if end == len(path):
+                    inside[step] = boxes[path] = object.__new__(rows[path][0][0])
+                    break
+                if isinstance(part, tuple) and not isinstance(_beyond(part, path[end:-1]), (
+                        Module, dict, list)):
                     part = inside[step] = list(part)
                 if not isinstance(part, (Module, dict, list, tuple)) or (
-                        part == [] and not isinstance(path[end], int)):
+                        isinstance(part, list) and not part and not isinstance(path[end], int)):
                     part = inside[step] = {}
                     made.append((inside, step))
                 inside = _inside(part)
@@ -641,46 +629,49 @@ def _fill(root: Any, boxes: dict[Path, State], rows: _Rows) -> None:
         _load(boxes[path], entry, value)
 
 
-def _copied(graph: _Graph, state: StateTree) -> tuple[Any, dict[Path, Any], dict[Path, State]]:
-    """A private copy of a graph, filled from a tree: its root, modules and states.
+def _beyond(part: Any, path: Any) -> Any:
+    """What a path leads to after all tuples on its way."""
+    for step in path:
+        if isinstance(part, tuple):
+            part = dict(enumerate(part)).get(step)
+    return part
 
-    All but modules, states, lists, dicts and tuples is shared.
-    """
+
+def _copied(graph: _Graph, state: StateTree) -> tuple[Any, dict[Path, Any], dict[Path, State]]:
+    """The root, modules and states of a private copy, which is filled from a tree."""
     rows = _rows(state)
     if lacking := [path for path in graph.states if path not in rows]:
         raise ValueError(f"the state tree lacks {_sites(graph.states, lacking)}, which the module "
                          "has; pass the whole tree, such as `params | rest`")
-    copies: dict[int, Any] = {}
-    tuples = []
+    copies: dict[int, Any] = {id(old): copy.copy(old) for old in graph.containers.values()
+                              if not isinstance(old, tuple)}
     for thing in (*graph.modules.values(), *graph.states.values()):
-        copies[id(thing)] = new = object.__new__(type(thing))
+        try:
+            copies[id(thing)] = new = object.__new__(type(thing))
+        except TypeError:  # of a class that mixes in a builtin one
+            copies[id(thing)] = new = copy.copy(thing)
         new.__dict__.update(thing.__dict__)
-    for old in graph.containers.values():
-        if isinstance(old, tuple):
-            tuples.append(old)
-        else:
-            copies[id(old)] = copy.copy(old)
     for method in graph.methods:
         if id(method.__self__) in copies:
             copies[id(method)] = types.MethodType(method.__func__, copies[id(method.__self__)])
+    tuples = [old for old in graph.containers.values() if isinstance(old, tuple)]
     for old in tuples:  # which cannot take up copies later
         if any(isinstance(part, tuple) and id(part) not in copies for part in old):
             tuples.append(old)  # to come again, after the tuples in it
             continue
         new = [copies.get(id(part), part) for part in old]
-        changed = any(map(operator.is_not, old, new))
-        copies[id(old)] = tuple.__new__(type(old), new) if changed else old
+        same = all(part is copied for part, copied in zip(old, new))
+        copies[id(old)] = old if same else tuple.__new__(type(old), new)
     for old in (*graph.modules.values(), *graph.containers.values()):
         if not isinstance(old, tuple):
             new = _inside(copies[id(old)])
             for name, part in _parts(old):
                 if id(part) in copies:
                     new[name] = copies[id(part)]
-    root = copies[id(graph.root)]
     nodes = {path: copies[id(node)] for path, node in graph.modules.items()}
     boxes = {path: copies[id(box)] for path, box in graph.states.items()}
-    _fill(root, boxes, rows)
-    return root, nodes, boxes
+    _fill(copies[id(graph.root)], boxes, rows)
+    return copies[id(graph.root)], nodes, boxes
 
 
 # ---- The call engine -----------------------------------------------------------------------------
@@ -694,8 +685,7 @@ MAX_ORDER = 10
 def call_order(level: int = 0, check_order_boundary: bool = True) -> Callable[[T], T]:
     """Decorate a method to run at a level: after all undecorated ones, lower levels first.
 
-    Raises `TypeError` unless it is an int, and `ValueError` unless it lies in ``[0, MAX_ORDER)``
-    or ``check_order_boundary=False``.
+    `TypeError` unless an int, `ValueError` unless in ``[0, MAX_ORDER)`` where that is checked.
 
     >>> call_order(1)(lambda self: None).call_order
     1
@@ -719,15 +709,12 @@ class _Plan(NamedTuple):
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     key: Key
-    steps: dict[float, list[Path]]  # by level, in traversal order
+    steps: dict[Any, list[Path]]  # by level, in traversal order
     keyed: set[Path]  # where the method takes a key
 
 
 _ABSENT = ("is no method of {}; define it, exclude these nodes with node_to_exclude, or pass "
            "fn_if_not_exist='pass'")
-_UNCALLABLE = "is an attribute, but no method, of {}"
-_KEYLESS = "requires a key on {}; pass key=jax.random.key(0)"
-_TWICE = "gets one key by position and another by key= on {}; pass one of them"
 
 
 def _plan(nodes: dict[Path, Module], fn_name: str, args: Any = (), kwargs: Kwargs = None,
@@ -739,68 +726,64 @@ def _plan(nodes: dict[Path, Module], fn_name: str, args: Any = (), kwargs: Kwarg
     if fn_if_not_exist not in ("raise", "warn", "pass", "none"):
         raise ValueError(f"fn_if_not_exist is 'raise', 'warn' or 'pass'; got {fn_if_not_exist!r}")
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
-    plan = _Plan(fn_name, args, kwargs, key, defaultdict(list), set())
-    if key is not None:
-        _check_key(key, kwargs)
+    legacy = getattr(key, "dtype", None) == np.uint32
+    if key is not None and (not (legacy or _is_key(key)) or np.ndim(key) != legacy):
+        raise TypeError(f"key= is one PRNG key, as of jax.random.key(0); got {_described(key)}")
+    if key is not None and "key" in kwargs:
+        raise TypeError("a key came both as key=, which gives each node its own, and in kwargs=, "
+                        "which gives all nodes the same; pass one of them")
+    groups: dict[Any, list[Path]] = {}  # by level, or by what is wrong
+    plan = _Plan(fn_name, args, kwargs, key, groups, set())
     excluded = _predicate(node_to_exclude)
-    chosen = nodes if node_to_exclude is None else {
-        path: node for path, node in nodes.items() if not excluded(path, node)}
-    faults: dict[str, list[Path]] = defaultdict(list)
-    uses: dict[int, Any] = {}  # by function, so that one look serves all nodes that share it
+    chosen = nodes if node_to_exclude is None else _chosen(nodes, lambda *at: not excluded(*at))
+    uses: dict[int, Any] = {}  # by function, kept alive, so that one look serves all its nodes
     for path, node in chosen.items():
         method = getattr(node, fn_name, _ABSENT)
         function = getattr(method, "__func__", method)
         use = uses.get(id(function))
         if use is None:
-            level, takes_key, fault = _use(method, function, plan)
-            places = faults[fault] if fault else plan.steps[level]
-            use = uses[id(function)] = places, takes_key, function  # alive, or its id could recur
+            group, takes_key = _use(method, function, plan)
+            use = uses[id(function)] = groups.setdefault(group, []), takes_key, function
         places, takes_key, _ = use
         places.append(path)
         if takes_key:
             plan.keyed.add(path)
-    absent = faults.pop(_ABSENT, []) if fn_if_not_exist != "raise" else []
-    for fault, places in faults.items():
-        error = AttributeError if fault is _ABSENT else TypeError
-        raise error(f"{fn_name!r} {fault.format(_sites(nodes, places))}")
+    absent = groups.pop(_ABSENT, []) if fn_if_not_exist != "raise" else []
+    for fault in groups:
+        if isinstance(fault, str):
+            raise (AttributeError if fault is _ABSENT else TypeError)(
+                f"{fn_name!r} {fault.format(_sites(nodes, groups[fault]))}")
     if absent and fn_if_not_exist == "warn":
         warnings.warn(f"{fn_name!r} {_ABSENT.format(_sites(nodes, absent))}", stacklevel=3)
     return plan
 
 
-def _check_key(key: Key, kwargs: Mapping[str, Any]) -> None:
-    legacy = getattr(key, "dtype", None) == np.uint32
-    if not (legacy or _is_key(key)) or np.ndim(key) != legacy:
-        raise TypeError(f"key= is one PRNG key, as of jax.random.key(0); got {_described(key)}")
-    if "key" in kwargs:
-        raise TypeError("a key came both as key=, which gives each node its own, and in kwargs=, "
-                        "which gives all nodes the same; pass one of them")
-
-
-def _use(method: Any, function: Any, plan: _Plan) -> tuple[float, bool, str]:
-    """The level of a method, whether it gets a key, and what is wrong with it."""
+def _use(method: Any, function: Any, plan: _Plan) -> tuple[Any, bool]:
+    """The level of a method, or what is wrong with it; and whether it gets a key."""
     if not callable(method):
-        return 0, False, _ABSENT if method is _ABSENT else _UNCALLABLE
-    if function in (Module.init_state, Module.reset_state):  # which do nothing, with no key
-        return -math.inf, False, ""
-    try:
+        return _ABSENT if method is _ABSENT else "is an attribute, but no method, of {}", False
+    parameters: Mapping[str, Any] = {}
+    with contextlib.suppress(ValueError):  # of a builtin that does not tell
         parameters = inspect.signature(method).parameters
-    except ValueError:  # a builtin that does not tell
-        parameters = types.MappingProxyType({})
     key: Any = parameters.get("key")
     named = key is not None and key.kind in (key.POSITIONAL_OR_KEYWORD, key.KEYWORD_ONLY)
-    given = "key" in plan.kwargs or "key" in list(parameters)[:len(plan.args)]
-    lacks = named and key.default is key.empty and not given and plan.key is None
-    fault = _KEYLESS if lacks else _TWICE if named and given and plan.key is not None else ""
-    takes = named or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    level = getattr(function, "call_order", -math.inf)
-    return level, takes and plan.key is not None, fault
+    given = "key" in plan.kwargs or named and key.kind is not key.KEYWORD_ONLY and (
+        "key" in list(parameters)[:len(plan.args)])
+    if named and plan.key is None and not given and key.default is key.empty:
+        return "requires a key on {}; pass key=jax.random.key(0)", False
+    if named and plan.key is not None and given:
+        return "gets one key by position and another by key= on {}; pass one of them", False
+    silent = function is Module.init_state or function is Module.reset_state  # do nothing
+    takes = plan.key is not None and not silent and (
+        named or any(each.kind is each.VAR_KEYWORD for each in parameters.values()))
+    return getattr(function, "call_order", float("-inf")), takes
 
 
 def _run(plan: _Plan, nodes: Mapping[Path, Module], boxes: Mapping[Path, State]) -> Outputs:
     """Run a plan on nodes, or on copies of them; `ValueError` if boxes lose their mapped axes."""
     fn_name, args, kwargs, key, steps, keyed = plan
-    outputs, before = {}, _mapped_axes(boxes)
+    outputs, mapped = {}, {path: (box.mapped, [*map(np.shape, jax.tree.leaves(box.value))])
+                           for path, box in boxes.items() if box.mapped}
     for path in [path for level in sorted(steps) for path in steps[level]]:
         try:
             method = getattr(nodes[path], fn_name)
@@ -811,22 +794,15 @@ def _run(plan: _Plan, nodes: Mapping[Path, Module], boxes: Mapping[Path, State])
             raise
         if output is not None:
             outputs[path] = output
-    after = before | _mapped_axes(boxes)
-    if changed := [path for path, (rank, axes) in before.items()
-                   if after[path][0] < rank or not after[path][1] <= axes]:
+    if changed := [path for path, (axes, before) in mapped.items()
+                   for shape in map(np.shape, jax.tree.leaves(boxes[path].value))
+                   if len(shape) < min(map(len, before), default=0)
+                   or shape[:axes] not in [each[:axes] for each in before]]:
         pure = {"init_state": "vmap_init", "reset_state": "vmap_reset"}.get(fn_name)
         forms = f"{pure} or {pure}_all_states" if pure else "vmap_apply or vmap_call_all(_fns)"
         raise ValueError(f"{fn_name!r} ran once for all members and changed the leading axes of "
                          f"{_sites(boxes, changed)}; run it once per member, with {forms}")
     return outputs
-
-
-def _mapped_axes(boxes: Mapping[Path, State]) -> dict[Path, tuple[float, set[Any]]]:
-    """Of each mapped state the least rank of a leaf, and the mapped axes."""
-    values = {path: jax.tree.leaves(box.value) for path, box in boxes.items() if box.mapped}
-    return {path: (min(map(np.ndim, leaves), default=math.inf),
-                   {np.shape(leaf)[:boxes[path].mapped] for leaf in leaves})
-            for path, leaves in values.items()}
 
 
 def _node_key(key: Key, path: Path) -> Key:
@@ -844,9 +820,8 @@ def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan) -> tuple[Outputs,
     outputs, after = _run(plan, nodes, before), _walk(root)
     known = set(map(id, nodes.values()))
     if created := [path for path, node in after.modules.items() if id(node) not in known]:
-        raise ValueError(f"{plan.fn_name!r} created modules, which no state tree can hold: "
-                         f"{_sites(after.modules, created)}; create modules in __init__, "
-                         "states in init_state")
+        raise ValueError(f"{plan.fn_name!r} created modules, {_sites(after.modules, created)}; "
+                         "create modules in __init__, states in init_state")
     return outputs, before, after.states
 
 
@@ -877,10 +852,9 @@ def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs
 
     Outputs, by path in call order, lack those that are None. With ``key``, each node whose method
     has a parameter ``key``, or takes ``**kwargs``, gets its own, made of ``key`` and the node's
-    path alone. ``fn_if_not_exist`` is 'raise', 'warn' or 'pass' (or 'none').
-
-    Raises what `apply` raises; `AttributeError` for a missing method; `TypeError` for an attribute
-    that is no method, or a required key that is not given; `ValueError` for a bad policy.
+    path alone. ``fn_if_not_exist`` is 'raise', 'warn' or 'pass' (or 'none'). Raises what `apply`
+    raises; `AttributeError` for a missing method; `TypeError` for an attribute that is no method,
+    or a required key that is not given; `ValueError` for a bad policy.
 
     >>> class Layer(Module):
     ...     def norm(self, power): return jnp.sum(self.w.value ** power)
@@ -951,15 +925,13 @@ def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (),
     ``state_to_exclude``, are shared by all. A state created during the call gains an axis of
     ``axis_size``, by default that of the mapped states, and the tag ``state_tag`` if it has none.
     ``in_axes`` maps ``args``, by default shared. Member ``i`` sees the key
-    ``jax.random.split(key, axis_size)[i]``. Outputs are ``(axis_size, *shape)``.
+    ``jax.random.split(key, axis_size)[i]``. Outputs are ``(axis_size, *shape)``. Raises what
+    `call_all` raises, and `ValueError` for an ``axis_size`` that is no positive integer or at odds
+    with a mapped state, and for a shared state that becomes one per member.
 
-    Raises what `call_all` raises, and `ValueError` for an ``axis_size`` that is no positive
-    integer or at odds with a mapped state, and for a shared state that becomes one per member.
-
-    >>> class Noise(Module):
-    ...     def draw(self, key): return jax.random.normal(key, (2,))
-    >>> key = jax.random.key(0)
-    >>> vmap_call_all(Noise(), StateTree({}), 'draw', axis_size=5, key=key)[0][()].shape
+    >>> class Die(Module):
+    ...     def roll(self, key): return jax.random.randint(key, (2,), 1, 7)
+    >>> vmap_call_all(Die(), StateTree({}), 'roll', axis_size=5, key=jax.random.key(0))[0][()].shape
     (5, 2)
     """
     graph = _walk(module)
@@ -968,8 +940,7 @@ def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (),
 
 
 def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | None, in_axes: Any,
-                 state_to_exclude: Filter = None, state_tag: Hashable = None,
-                 ) -> tuple[Outputs, StateTree]:
+                 state_to_exclude: Filter = None, state_tag: Hashable = None) -> tuple[Any, Any]:
     """Run a plan under one `jax.vmap`, on a copy that lives inside it: ``(outputs, state)``."""
     excluded = _predicate(state_to_exclude)
     mapped, shared = partition(state, lambda path, box: box.mapped and not excluded(path, box))
@@ -977,6 +948,17 @@ def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | 
     keys = None if plan.key is None else jax.random.split(plan.key, size)
     in_axes = tuple(in_axes) if isinstance(in_axes, list) else in_axes  # as jax.vmap takes them
     output_paths: list[Path] = []
+    # JAX tells a batching rule which operands differ, for the innermost vmap that any depends on:
+    # `index` makes that the one meant here.
+    same_for_all = jax.custom_batching.custom_vmap(lambda index, common: common)
+
+    @same_for_all.def_vmap
+    def check(size: int, batched: Any, index: Any, common: StateTree) -> tuple[StateTree, Any]:
+        if unlike := [path for path in common if any(jax.tree.leaves(batched[1][path]))]:
+            raise ValueError(
+                f"shared states ended up different per member: {_sites(common.states(), unlike)}; "
+                "create them in init_state under a vmapped call, or make their values the same")
+        return common, batched[1]
 
     def run_member(index: Any, key: Key, mapped: StateTree, args: Any) -> Any:
         member_plan = plan._replace(args=args, key=key)
@@ -985,32 +967,28 @@ def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | 
                    if not isinstance(output, Module)}  # such as self, which cannot cross
         output_paths.extend(outputs)
         is_mapped = {id(box): path in mapped for path, box in before.items()}
-        for box in after.values():
+        own: dict[Path, State] = {}
+        common: dict[Path, State] = {}
+        for path, box in after.items():
             if id(box) not in is_mapped and box.tag is None:
                 box.tag = state_tag
-        own = {path: box for path, box in after.items()
-               if is_mapped.get(id(box), not excluded(path, box))}
-        common = {path: box for path, box in after.items() if path not in own}
-        return list(outputs.values()), _tree_of(own), _same_for_all(index, _tree_of(common))
+            (own if is_mapped.get(id(box), not excluded(path, box)) else common)[path] = box
+        return list(outputs.values()), _tree_of(own), same_for_all(index, _tree_of(common))
 
-    outputs, own, common = jax.vmap(
-        run_member, in_axes=(0, 0, 0, in_axes), out_axes=(0, 0, None),
-    )(jnp.arange(size), keys, _with_axes(mapped, -1), plan.args)
+    run_members = jax.vmap(run_member, in_axes=(0, 0, 0, in_axes), out_axes=(0, 0, None))
+    outputs, own, common = run_members(jnp.arange(size), keys, _with_axes(mapped, -1), plan.args)
     return dict(zip(output_paths, outputs)), _with_axes(own, +1) | common
 
 
-def _members(mapped: StateTree, axis_size: Any = None) -> int:
-    """The number of members that an argument and the mapped states agree on."""
-    sizes = {path: np.shape(leaf)[:1] for path, leaf in _tree_leaves(mapped).items()}
-    if axis_size is None and not sizes:
-        raise ValueError("no state is mapped that tells the number of members; pass axis_size=")
-    found = next((n for shape in sizes.values() for n in shape), 0)
-    size = found if axis_size is None else axis_size
-    odd = [f"{_dotted(path)!r} {shape}" for path, shape in sizes.items() if shape != (size,)]
-    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1 and not odd:
-        raise ValueError(f"axis_size is a positive integer; got {size!r}")
-    if odd:
+def _members(mapped: StateTree, size: Any = None) -> int:
+    """The number of members that an ``axis_size`` and the mapped states agree on."""
+    shapes = {path: np.shape(leaf)[:1] for path, leaf in _tree_leaves(mapped).items()}
+    if size is None:
+        size = next(itertools.chain.from_iterable(shapes.values()), None)
+    if odd := [f"{_dotted(path)!r} {shape}" for path, shape in shapes.items() if shape != (size,)]:
         raise ValueError(f"axis_size {size} is at odds with the mapped axis of {', '.join(odd)}")
+    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"pass a positive int as axis_size, or mapped states; got {size!r}")
     return int(size)
 
 
@@ -1018,28 +996,6 @@ def _with_axes(state: StateTree, count: int) -> StateTree:
     """The same values, said to have so many more mapped axes."""
     return _tree({path: ((kind, tag, mapped + count), value)
                   for path, ((kind, tag, mapped), value) in _rows(state).items()})
-
-
-def _same_for_all(index: Any, common: StateTree) -> Any:
-    """Return shared states as they are; `ValueError` if they differ along the vmapped ``index``.
-
-    JAX tells the batching rule of a function which operands differ. It runs the rule for the
-    innermost vmap that any operand depends on, so ``index`` makes that the one meant here.
-    """
-    @jax.custom_batching.custom_vmap
-    def unchanged(index: Any, common: StateTree) -> StateTree:
-        return common
-
-    @unchanged.def_vmap
-    def check(size: int, batched: Any, index: Any, common: StateTree) -> tuple[StateTree, Any]:
-        if unlike := [path for path in common if any(jax.tree.leaves(batched[1][path]))]:
-            raise ValueError("shared states ended up different per member: "
-                             f"{_sites(common.states(), unlike)}; create them in init_state under "
-                             "a vmapped call, which gives each member its own, or make their "
-                             "values the same for all members")
-        return common, batched[1]
-
-    return unchanged(index, common)
 
 
 def vmap_init(module: Any, *args: Any, axis_size: int | None, in_axes: Any = None,
@@ -1073,9 +1029,7 @@ def vmap_reset(module: Any, state: StateTree, *args: Any, axis_size: int | None 
 
 
 def stack(*states: StateTree) -> StateTree:
-    """One ensemble of single trees, with mapped leaves of shape ``(len(states), *shape)``.
-
-    Raises `ValueError` without trees, or if they differ in more than their values.
+    """One ensemble, of leaves ``(len(states), *shape)``; `ValueError` if more than values differ.
 
     >>> stack(*[StateTree({'h': HiddenState(jnp.zeros(3))})] * 2)['h'].shape
     (2, 3)
@@ -1119,26 +1073,34 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
 
     A snapshot is a state tree, or a mapping from paths or dotted names to values, leaves or nested
     dicts: all reach the leaf that has the dotted name. Later snapshots win. Each leaf keeps the
-    dtype, shape and sharding that it had.
-
-    Raises one `ValueError` that lists every leaf of another shape, of a kind that does not fit
-    (float into int, complex into float) or that is no array; `ValueError` for a dotted name that
-    several leaves share; `TypeError` for what is no mapping.
+    dtype, shape and sharding that it had. Raises one `ValueError` that lists every leaf of another
+    shape, of a kind that does not fit (float into int, complex into float) or that is no array;
+    `ValueError` for a dotted name that several leaves share; `TypeError` for what is no mapping.
 
     >>> tree = StateTree({'W': ParamState({'bias': 0., 'weight': 1.})})
     >>> tree, unexpected, missing = assign(tree, {'W.bias': np.float64(2), 'V': np.ones(2)})
     >>> tree['W']['bias'].item(), unexpected, missing
     (2.0, ['V'], [('W', 'weight')])
     """
-    old, new, unexpected = _tree_leaves(state), {}, []
-    named = _by_name(old)
+    old, new = _tree_leaves(state), {}
+    unexpected: list[Any] = []
+    paths = _found(old)
     for snapshot in snapshots:
         if not isinstance(snapshot, Mapping):
             raise TypeError(f"a snapshot is a mapping; got {type(snapshot).__name__}")
         for key, value in snapshot.items():
-            found, strange = _matched(key, value, state, named)
+            found, extra = {}, []
+            for path, leaf in _flattened(value, _path(key)):
+                named = paths.get(path if isinstance(key, tuple) and path in old else _dotted(path))
+                if named and len(named) > 1:
+                    raise ValueError(f"{_dotted(path)!r} names several leaves: {named}; "
+                                     "use a tuple path as the key")
+                if named:
+                    found[named[0]] = leaf
+                elif leaf is not None:  # which may also be an empty part of a state
+                    extra.append(path)
             new.update(found)
-            unexpected += strange
+            unexpected += extra if found else [key] if extra or key not in state else []
     fitted = {path: _fitted(leaf, old[path]) for path, leaf in new.items()}
     if unfit := [f"{_dotted(path)!r} expected {_described(old[path])}, got {_described(new[path])}"
                  for path in _in_order(fitted) if fitted[path] is None]:
@@ -1152,47 +1114,21 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
     return Assigned(assigned, _in_order(dict.fromkeys(unexpected)), _in_order(missing))
 
 
-def _matched(key: Any, value: Any, state: StateTree,
-             named: Mapping[str, list[Path]]) -> tuple[dict[Path, Any], list[Any]]:
-    """The leaves under one key of a snapshot by their paths in the tree, and what has none."""
-    found: dict[Path, Any] = {}
-    extra, start = [], key if isinstance(key, tuple) else (key,)
-    for rest, leaf in _flattened(value):
-        paths = named.get(_dotted(start + rest), [])
-        if isinstance(key, tuple) and key + rest in paths:
-            paths = [key + rest]
-        if len(paths) > 1:
-            raise ValueError(f"{_dotted(start + rest)!r} names several leaves: {paths}; "
-                             "use a tuple path as the key")
-        if paths:
-            found[paths[0]] = leaf
-            known = paths[0][:len(paths[0]) - len(rest)]
-        else:
-            extra.append(rest)
-    if found:
-        return found, [known + rest for rest in extra]
-    return found, [key] if extra or key not in state else []
-
-
-def _flattened(value: Any) -> Iterator[tuple[Path, Any]]:
+def _flattened(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     """The leaves of nested mappings, boxes and pytrees, with their paths."""
-    stack: list[tuple[Path, Any]] = [((), value)]
-    while stack:
-        path, value = stack.pop()
-        if isinstance(value, Mapping):
-            stack += [(path + (key if isinstance(key, tuple) else (key,)), part)
-                      for key, part in value.items()]
-        else:
-            yield from _leaves(value.value if isinstance(value, State) else value, path)
-
-
-_KINDS = (np.bool_, np.integer, np.floating, np.complexfloating)
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _flattened(part, path + _path(key))
+    else:
+        value = value.value if isinstance(value, State) else value
+        yield from _leaves(value, path, is_leaf=lambda part: part is None)
 
 
 def _fitted(new: Any, old: Any) -> Any:
     """A value with the dtype, shape and sharding of a leaf; None if it does not fit."""
     def kind(dtype: Any) -> int:  # casts to a later kind lose nothing of note
-        return next((i for i, each in enumerate(_KINDS) if jnp.issubdtype(dtype, each)), 4)
+        kinds = (np.bool_, np.integer, np.floating, np.complexfloating)
+        return next((i for i, each in enumerate(kinds) if jnp.issubdtype(dtype, each)), 4)
 
     if _is_key(old) and not _is_key(new):
         data, impl = _fitted(new, jax.random.key_data(old)), jax.random.key_impl(old)
@@ -1206,8 +1142,8 @@ def _fitted(new: Any, old: Any) -> Any:
         return None
     new = jnp.array(new, old.dtype, copy=not isinstance(new, jax.Array))
     sharding = getattr(old, "sharding", None)  # a traced array has none
-    moves = sharding is not None and getattr(new, "sharding", None) != sharding
-    return jax.device_put(new, sharding) if moves else new
+    stays = sharding is None or getattr(new, "sharding", None) == sharding
+    return new if stays else jax.device_put(new, sharding)
 
 
 # ---- In place: the documented API ----------------------------------------------------------------
@@ -1308,9 +1244,6 @@ def assign_state_values(target: Any, *state_by_abs_path: Mapping[Any, Any],
 
 
 class _Cell(Module):
-    def __init__(self) -> None:
-        self.leak = LongTermState(0.5)
-
     def init_state(self, key: Key) -> None:
         self.h = HiddenState(jax.random.normal(key, (3,)))
 
@@ -1318,7 +1251,7 @@ class _Cell(Module):
         self.h.value = jnp.zeros(3)
 
     def update(self, x: jax.Array) -> None:
-        self.h.value += self.leak.value * (jnp.tanh(x * self.h.value) - self.h.value)
+        self.h.value += 0.5 * (jnp.tanh(x * self.h.value) - self.h.value)
 
 
 def _demonstrate() -> None:
@@ -1330,10 +1263,8 @@ def _demonstrate() -> None:
     print(f"rollout: 20 steps in one jitted scan, h[0] {state['0.h'][0]} -> {after['0.h'][0]}")
     state = vmap_reset(cells, after)
     print(f"vmap_reset: h[0] {state['0.h'][0]}, all of shape {state['0.h'].shape} as before")
-    file = io.BytesIO()
-    np.savez(file, **flat_dict(after))
-    file.seek(0)
-    state, unexpected, missing = assign(state, np.load(file))
+    np.savez(file := io.BytesIO(), **flat_dict(after))
+    state, unexpected, missing = assign(state, np.load(io.BytesIO(file.getvalue())))
     print(f"assign from npz: h[0] {state['0.h'][0]}, {unexpected=}, {missing=}")
     print(f"restore: member 2 alone in the module\n{restore(cells, member(state, 2))[0]}")
 

@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )  # before jax starts, for the tests of sharding
 
+import collections
 import copy
 import dataclasses
 import gc
@@ -501,16 +502,45 @@ def test_a_module_mixes_into_any_class_dataclasses_included():
 
 
 def test_slots_are_refused_since_states_would_be_lost_in_them():
-    with pytest.raises(TypeError, match=r"in __slots__; Slotted has \('state',\)"):
+    with pytest.raises(TypeError, match=r"in __slots__; Slotted has \['state'\]"):
         @dataclasses.dataclass(slots=True)
         class Slotted(Module):
             state: State
+
+    class Narrow:
+        __slots__ = ("state",)
+
+    with pytest.raises(TypeError, match=r"in __slots__; Mixed has \['state'\]"):
+        class Mixed(Module, Narrow):
+            pass
 
     class Base:
         __slots__ = ("__dict__", "__weakref__")
 
     class Fine(Module, Base):
         __slots__ = ()
+
+
+def test_modules_may_compare_and_count_as_they_like():
+    class Odd(Module):
+        def __eq__(self, other):
+            raise RuntimeError("compared")
+
+        __hash__ = None
+
+        def __bool__(self):
+            raise RuntimeError("tested")
+
+        __len__ = __bool__
+
+        def init_state(self):
+            self.h = State(jnp.zeros(2))
+
+    model = {"odd": Odd()}
+    model["odd"].inner, model["odd"].other = [Odd()], Odd()
+    tree = vmap_init(model, axis_size=2)
+    assert same(reset(model, tree), tree) and len(tree) == 3
+    assert same(snapshot(vmap_init_all_states(model, axis_size=2)), tree)
 
 
 def test_calling_a_module_forwards_to_update():
@@ -597,7 +627,7 @@ def test_a_dotted_name_that_two_paths_share_is_refused():
     assert "a.b" not in tree and int(tree["a", "b"]) == 1 and int(tree["a.b",]) == 2
 
 
-@pytest.mark.parametrize("bad", [{3: State(1)}, {"a": 1}, {("a",): jnp.ones(2)}])
+@pytest.mark.parametrize("bad", [{3: State(1)}, {"a": 1}, {("a",): jnp.ones(2)}, {(): State(1)}])
 def test_a_tree_is_made_of_paths_and_boxes(bad):
     with pytest.raises(TypeError, match="expected a tuple path, or a dotted name, and a State"):
         StateTree(bad)
@@ -817,31 +847,35 @@ def test_states_in_new_containers_come_back_at_their_paths():
 def test_new_containers_take_the_place_of_empty_ones_but_of_nothing_else():
     class Maker(Module):
         def __init__(self):
-            self.deep, self.gone, self.pair = [(None, None), [()]], (), (3, None)
+            self.deep, self.gone = ((None, None), ((),)), ()
+            self.pair, self.full = (3, None), ((Relu(), None), State(5))
 
         def init_state(self):
-            self.deep = [(State(1), None), [(State(2),)]]
+            self.deep = ((State(1), None), ((State(2),),))
             self.gone, self.pair = {"k": State(3)}, (3, State(4))
+            self.full[0][0].state = State(6)
+            self.full = ((self.full[0][0], State(7)), self.full[1], State(8))
 
         def update(self):
+            (relu, seven), five, eight = self.full
             return (self.deep[0][0].value, self.deep[1][0][0].value, self.gone["k"].value,
-                    self.pair[1].value + self.pair[0])
+                    self.pair[1].value + self.pair[0], five.value, relu.state.value, seven.value,
+                    eight.value)
 
-    assert [int(value) for value in apply(Maker(), init(Maker()))[0]] == [1, 2, 3, 7]
+    assert [int(value) for value in apply(Maker(), init(Maker()))[0]] == [1, 2, 3, 7, 5, 6, 7, 8]
     vmap_init_all_states(Maker(), axis_size=2)
     model = Sequential(Relu(), Gelu())
     before = frozen(model)
     with pytest.raises(ValueError, match="no place for the state 'layers.x.h'.* list at 'layers'"):
         restore(model, StateTree({"first": State(1), "layers.0.h": State(1), "layers.x.h": State(1)}))
     assert frozen(model) == before
-    for target, name in (((Relu(),), "1.h"), ([Relu()], "x"), ([((1,), Relu())], "0.0.1")):
+    for target, name in (((Relu(),), "1.h"), ([Relu()], "x"), ([Relu()], "0"),
+                         ([Linear(2, 2)], "0.weight.bias")):
         with pytest.raises(ValueError, match="no place for"):
             restore(target, StateTree({name: State(1)}))
 
 
 def test_subclasses_of_containers_keep_their_class_in_the_copy():
-    import collections
-
     Pair = collections.namedtuple("Pair", "left right")
 
     class Holder(Module):
@@ -901,6 +935,28 @@ def test_a_subclass_of_state_keeps_its_own_attributes_and_needs_no_call():
 
     tree = apply(Cell(), init(Cell()))[1]
     assert tree["s"].tolist() == [0.5, 0.5] and type(tree.states()["t",]) is Decaying
+
+    class Slotted(State):
+        __slots__ = ("extra",)
+
+    tree = restore(Module(), StateTree({"s": Slotted(1)})).states()
+    assert type(tree["s",]) is Slotted
+
+
+def test_a_module_mixes_into_a_builtin_class_too():
+    class Table(Module, dict):
+        def init_state(self):
+            self.h = State(jnp.zeros(2))
+
+    class Failure(Module, Exception):
+        pass
+
+    model = Table(a=1)
+    model.failure = Failure("x")
+    model.failure.state = State(jnp.ones(2))
+    tree = vmap_init(model, axis_size=2)
+    assert {path: value.shape for path, value in tree.items()} == {("failure", "state"): (2,), ("h",): (2, 2)}
+    assert apply(model, tree, "a", method="__getitem__")[0] == 1
 
 
 # ---- The call engine -----------------------------------------------------------------------------
@@ -1036,6 +1092,8 @@ class Vandal(Module):
         self.array = State(np.zeros(3))
         self.state = State({"list": [jnp.zeros(2)], "array": np.zeros(2)})
         self.names, self.table, self.pair = ["a"], {"k": [1]}, ([1], Relu())
+        self.counts, self.turned = collections.Counter(a=3), collections.OrderedDict(a=1, b=2)
+        self.turned.move_to_end("a")
         self.child = VanillaRNN(2, 2)
 
     def wreck(self, fail):
@@ -1046,7 +1104,7 @@ class Vandal(Module):
         self.state.tag, self.new = "wrecked", State(jnp.ones(3))
         self.names.append("b")
         self.table["k"].clear()
-        self.table["more"] = 1
+        self.table["more"] = self.counts["b"] = self.turned["c"] = 1
         self.pair[0][:] = []
         self.child.W.weight = State(jnp.ones(2))
         del self.child
@@ -1201,7 +1259,12 @@ def test_only_nodes_that_take_a_key_get_one():
         def get(self, *, key=None):
             return key is not None
 
+    class Many(Module):
+        def get(self, *sizes, key=None):
+            return sizes, key is not None
+
     model = [Plain(), Open(), Optional()]
+    assert call_all(Many(), StateTree({}), "get", (1, 2), key=KEY)[0][()] == ((1, 2), True)
     assert list(call_all(model, StateTree({}), "get", key=KEY)[0].values()) == [1, ["key"], True]
     assert list(call_all(model, StateTree({}), "get")[0].values()) == [1, [], False]
 
@@ -1956,6 +2019,9 @@ def test_everything_that_does_not_fit_is_listed_and_nothing_changes():
                      "'f' expected key<fry>[], got float64[2]"):  # fmt: skip
             assert part in str(info.value)
         assert "'ok'" not in str(info.value)
+    for bad in ({"a": None}, {"c": {"d": None}}):
+        with pytest.raises(ValueError, match=r"expected float32\[.\], got NoneType"):
+            assign_state_values(model, bad)
     with pytest.raises(ValueError, match=r"'a' expected float32\[2\], got float64\[3\]"):
         assign_state_values(model, {"a": np.ones(3)})
     assert frozen(model) == before
