@@ -829,17 +829,19 @@ def test_states_in_new_containers_come_back_at_their_paths():
             self.pair = (State(8), State(9))
             self.swapped = {"k": State(10)}
             self.mixed = [0, State(11)]
+            self.numbered = {0: State(1), 1: State(2)}
             self.tuple[0].state = State(12)
 
         def update(self):
             names = [self.list[0], self.list[1][1], self.dict["a"][6], self.dict[0], self.filled[2],
                      self.pair[1], self.swapped["k"], self.mixed[1], self.tuple[0].state]  # fmt: skip
-            return [state.value for state in names], [len(self.list), len(self.list[1]), type(self.tuple)]
+            kinds = type(self.tuple), type(self.dict), type(self.numbered)
+            return [state.value for state in names], [len(self.list), len(self.list[1]), *kinds]
 
     tree = init(Maker())
     values, shapes = apply(Maker(), tree)[0]
     assert [int(value) for value in values] == [1, 3, 5, 6, 7, 9, 10, 11, 12]
-    assert shapes == [2, 2, tuple]
+    assert shapes == [2, 2, tuple, dict, list]
     assert same(snapshot(restore(Maker(), tree)), tree)
     assert same(reset(Maker(), tree), tree)
 
@@ -2118,6 +2120,10 @@ def test_an_ensemble_shares_what_init_created_and_batches_what_init_state_create
     assert policy.layers[2].h.value.shape == (8, 2)
     vmap_reset_all_states(policy)
     assert policy.layers[2].h.value.shape == (8, 2)
+    with pytest.raises(ValueError, match="axis_size 4 is at odds"):
+        vmap_init_all_states(policy, axis_size=4, key=KEY)
+    vmap_init_all_states(init_all_states(policy, key=KEY), axis_size=4, key=KEY)
+    assert policy.layers[2].h.value.shape == (4, 2)
 
 
 def test_any_method_can_be_called_on_all_nodes():
@@ -2251,7 +2257,7 @@ def test_bench_prints_the_costs_as_ratios_to_their_limits(tmp_path):
         model = siblings(number)
         ours, bare = medians(lambda: call_all_fns(model, "nothing"),
                              lambda: [node.nothing() for node in model],
-                             rounds=max(5, min(51, 50_000 // number)))  # fmt: skip
+                             rounds=max(11, min(51, 50_000 // number)))  # fmt: skip
         row(f"call_all_fns, {number:,} modules, each", (ours - bare) / number * 1e6, 2.5, "us")
     model = siblings(1000)
     ours, bare = medians(lambda: call_all(model, tree, "nothing"),
