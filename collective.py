@@ -202,7 +202,7 @@ def _described(value: Any) -> str:
 
 
 class Module:
-    """Base class of all that holds states: mix it in; define `update`, `init_state`, `reset_state`.
+    """Base class of what holds states, to mix in; define `update`, `init_state`, `reset_state`.
 
     >>> class Scale(Module):
     ...     def __init__(self, size): self.factor = ParamState(jnp.ones(size))
@@ -403,8 +403,8 @@ class StateTree(Mapping[Path, Any]):
 
     Made from a mapping of paths, or dotted names, to `State` boxes: `TypeError` for anything else.
     Containers are copied; NumPy arrays become JAX arrays. Paths, kinds, tags and mapped counts are
-    static. Trees compare by identity; ``b`` wins in ``a | b``. A name that not exactly one state
-    has is a `KeyError`.
+    static. Trees compare by identity; ``b`` wins in ``a | b``. A look-up is a `KeyError` unless
+    exactly one state goes by the name.
 
     >>> tree = StateTree({'W': ParamState({'w': jnp.ones((2, 3)), 'b': 0.})})
     >>> tree | StateTree({'cells.0.h': HiddenState(jnp.zeros(3))})
@@ -513,7 +513,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
-    """A tree with ``new`` where ``mask`` holds and ``old`` elsewhere, such as for some members.
+    """A tree with ``new`` where ``mask`` holds and ``old`` elsewhere, along the axes of the mask.
 
     Leaves that are the same object in both trees are kept, whatever their shape. Raises
     `ValueError` if the trees differ in more than values, or a leaf is not ``(*mask.shape, ...)``.
@@ -595,7 +595,7 @@ def _all_or_nothing(graph: _Graph) -> Iterator[None]:
 
 
 def _fill(root: Any, boxes: dict[Path, State], rows: _Rows) -> None:
-    """Load rows into boxes; place those that the root lacks, in new containers if need be."""
+    """Load rows into boxes; put those that the root lacks there, in new containers if need be."""
     beyond: list[Any] = [path for path in rows if path not in boxes]
     made = []  # what holds a new dict, and where
     for path in beyond:
@@ -606,8 +606,8 @@ def _fill(root: Any, boxes: dict[Path, State], rows: _Rows) -> None:
                     inside += [None] * (step + 1 - len(inside))
                 part = inside.get(step) if isinstance(inside, dict) else inside[step]
                 if isinstance(part, State) or isinstance(part, Module) and end == len(path):
-                    inside, end = part, end + 1  # which stays
-                    raise TypeError
+                    inside, end = part, end + 1
+                    raise TypeError  # since what is there has to stay
                 if end == len(path):
                     inside[step] = boxes[path] = object.__new__(rows[path][0][0])
                     break
@@ -638,7 +638,7 @@ def _beyond(part: Any, path: Any) -> Any:
 
 
 def _copied(graph: _Graph, state: StateTree) -> tuple[Any, dict[Path, Any], dict[Path, State]]:
-    """The root, modules and states of a private copy, which is filled from a tree."""
+    """A private copy, filled from a tree: its root, modules and states; all else is shared."""
     rows = _rows(state)
     if lacking := [path for path in graph.states if path not in rows]:
         raise ValueError(f"the state tree lacks {_sites(graph.states, lacking)}, which the module "
