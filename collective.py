@@ -564,7 +564,7 @@ def restore(module: T, state: StateTree) -> T:
     """
     graph = _walk(module)
     with _all_or_nothing(graph):
-        _fill(module, graph.states, _rows(state))
+        _fill(module, graph.modules, graph.states, _rows(state))
     return module
 
 
@@ -594,14 +594,15 @@ def _all_or_nothing(graph: _Graph) -> Iterator[None]:
         raise
 
 
-def _fill(root: Any, boxes: dict[Path, State], rows: _Rows) -> None:
+def _fill(root: Any, nodes: dict[Path, Any], boxes: dict[Path, State], rows: _Rows) -> None:
     """Load rows into boxes; put those that the root lacks there, in new containers if need be."""
     beyond: list[Any] = [path for path in rows if path not in boxes]
     made = []  # what holds a new dict, and where
     for path in beyond:
-        inside = _inside(root)
+        start = len(path) if path[:-1] in nodes else 1  # most are in a module: no need to descend
+        inside = _inside(nodes.get(path[:-1], root))
         try:
-            for end, step in enumerate(path, 1):
+            for end, step in enumerate(path[start - 1:], start):
                 if isinstance(inside, list):
                     inside += [None] * (step + 1 - len(inside))
                 part = inside.get(step) if isinstance(inside, dict) else inside[step]
@@ -670,7 +671,7 @@ def _copied(graph: _Graph, state: StateTree) -> tuple[Any, dict[Path, Any], dict
                     new[name] = copies[id(part)]
     nodes = {path: copies[id(node)] for path, node in graph.modules.items()}
     boxes = {path: copies[id(box)] for path, box in graph.states.items()}
-    _fill(copies[id(graph.root)], boxes, rows)
+    _fill(copies[id(graph.root)], nodes, boxes, rows)
     return copies[id(graph.root)], nodes, boxes
 
 
