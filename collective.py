@@ -573,8 +573,11 @@ def _all_or_nothing(graph: _Graph) -> Iterator[None]:
     """After an error, put the objects of a graph and the values of its states back as now."""
     dicts = [*map(vars, graph.modules.values()), *map(vars, graph.states.values())]
     dicts += [part for part in graph.containers.values() if isinstance(part, dict)]
-    names = list(map(tuple, dicts))  # not copies of dicts, which would wake the garbage collector
-    parts = [part for each in dicts for part in each.values()]
+    parts: list[Any] = []  # one flat list, since many new objects would wake the garbage collector
+    for each in dicts:
+        parts.append(len(each))
+        parts.extend(each)
+        parts.extend(each.values())
     lists = [(part, part.copy()) for part in graph.containers.values() if isinstance(part, list)]
     values = [(box, copy.deepcopy(box.value, {id(leaf): leaf for leaf in jax.tree.leaves(box.value)
                                               if isinstance(leaf, jax.Array)}))
@@ -583,9 +586,10 @@ def _all_or_nothing(graph: _Graph) -> Iterator[None]:
         yield
     except BaseException:
         rest = iter(parts)
-        for each, own in zip(dicts, names):
+        for each in dicts:
+            names = list(itertools.islice(rest, next(rest)))
             each.clear()
-            for name, part in zip(own, rest):  # what `update` does depends on the class
+            for name, part in zip(names, rest):  # what `update` does depends on the class
                 each[name] = part
         for part, before in lists:
             part[:] = before
