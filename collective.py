@@ -26,8 +26,8 @@ a new tree, so they work inside ``jit``, ``grad``, ``vmap`` and ``scan``::
 
 In place: `call_all_fns`, `init_all_states`, `reset_all_states`, their ``vmap_`` forms and
 `assign_state_values`. `call_order` orders the calls of both families. A list, tuple or dict of
-modules goes wherever a module does; anything else is a `TypeError`. All that can be checked is
-checked before the first method runs, and a call that raises changes nothing.
+modules goes wherever a module does, but in `apply`; anything else is a `TypeError`. All that can
+be checked is checked before the first method runs, and a call that raises changes nothing.
 
 >>> class Cell(Module):
 ...     def __init__(self, size):
@@ -218,7 +218,8 @@ class Module:
         super().__init_subclass__(**kwargs)
         slots = itertools.chain(*(vars(base).get("__slots__", ()) for base in cls.__mro__))
         if names := sorted({*slots} - {"__dict__", "__weakref__"}):
-            raise TypeError(f"no state is found in __slots__; {cls.__name__} has {names}")
+            raise TypeError(f"{cls.__name__} has __slots__ {names}, where no state is found; "
+                            "remove them")
 
     def init_state(self, *args: Any, **kwargs: Any) -> Any:
         """Create the states of this module; does nothing by default."""
@@ -238,8 +239,8 @@ class Module:
         return _chosen(_walk(self).modules, filter)
 
     def __repr__(self) -> str:
-        _, modules, _, states, _ = _walk(self)
-        texts = {path: type(node).__name__ for path, node in modules.items()} | states
+        graph = _walk(self)
+        texts = {path: type(node).__name__ for path, node in graph.modules.items()} | graph.states
         return "\n".join("  " * len(path) + f"{_dotted(path)}: {texts[path]}".removeprefix(": ")
                          for path in _in_order(texts))
 
@@ -475,10 +476,9 @@ jax.tree_util.register_pytree_with_keys(
     _with_values, lambda tree: (tree._values, tree._static))
 
 
-def _tree_leaves(state: StateTree) -> dict[Path, Any]:
-    """The leaves of a tree by full path, in the order in which JAX flattens it."""
-    return {leaf_path: leaf for path, (_, value) in _rows(state).items()
-            for leaf_path, leaf in _leaves(value, path)}
+def _tree_leaves(state: StateTree) -> list[tuple[Path, Any]]:
+    """The leaves of a tree with full paths, in the order in which JAX flattens it."""
+    return [leaf for path, (_, value) in _rows(state).items() for leaf in _leaves(value, path)]
 
 
 def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
@@ -493,6 +493,10 @@ def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
             _tree({path: rows[path] for path in rows if path not in chosen}))
 
 
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def flat_dict(state: StateTree) -> dict[str, Any]:
     """All leaves, typed keys as their data, by dotted name: `ValueError` if two share one.
 
@@ -500,16 +504,19 @@ def flat_dict(state: StateTree) -> dict[str, Any]:
     ['layers.0.bias', 'layers.0.weight']
     """
     leaves = _tree_leaves(state)
-    named = {_dotted(path): path for path in leaves}
-    if len(named) < len(leaves):
-        shared = [(path, named[_dotted(path)]) for path in leaves if path not in named.values()]
+    if shared := [paths for paths in _found(path for path, _ in leaves).values() if paths[1:]]:
         raise ValueError(f"leaves share one dotted name: {shared}; rename a key of one of them")
-    return {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf
-            for name, leaf in zip(named, leaves.values())}
+    return {_dotted(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf
+            for path, leaf in leaves}
 
 
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _check_alike(*states: StateTree) -> None:
+    first, *others = [{path: (entry, jax.tree.structure(value), _described(value))
+                       for path, (entry, value) in _rows(state).items()} for state in states]
+    if unlike := {path for each in others for path in first | each
+                  if first.get(path) != each.get(path)}:
+        raise ValueError("only the values of the trees may differ, not states, kinds, tags, mapped "
+                         f"counts, shapes or dtypes, as at {[*map(_dotted, _in_order(unlike))]}")
 
 
 def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
@@ -524,22 +531,13 @@ def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
     """
     _check_alike(new, old)
     mask = jnp.asarray(mask)
-    pairs = zip(_tree_leaves(old).items(), jax.tree.leaves(new))
+    pairs = zip(_tree_leaves(old), jax.tree.leaves(new))
     if unfit := [f"{_dotted(path)!r} {_described(leaf)}" for (path, leaf), other in pairs
                  if leaf is not other and leaf.shape[:mask.ndim] != mask.shape]:
         raise ValueError(f"the axes {mask.shape} of the mask do not lead in {', '.join(unfit)}")
     chosen: StateTree = jax.tree.map(lambda fresh, leaf: leaf if leaf is fresh else jnp.where(
         jnp.expand_dims(mask, range(mask.ndim, leaf.ndim)), fresh, leaf), new, old)
     return chosen
-
-
-def _check_alike(*states: StateTree) -> None:
-    first, *others = [{path: (entry, jax.tree.structure(value), _described(value))
-                       for path, (entry, value) in _rows(state).items()} for state in states]
-    if unlike := {path for each in others for path in first | each
-                  if first.get(path) != each.get(path)}:
-        raise ValueError("only the values of the trees may differ, not states, kinds, tags, mapped "
-                         f"counts, shapes or dtypes, as at {[*map(_dotted, _in_order(unlike))]}")
 
 
 # ---- Copy, snapshot, restore ---------------------------------------------------------------------
@@ -554,23 +552,9 @@ def snapshot(module: Any) -> StateTree:
     return _tree_of(_walk(module).states)
 
 
-def restore(module: T, state: StateTree) -> T:
-    """Write a tree's values into a module, in place; states that the tree lacks keep theirs.
-
-    States that the module lacks are created: `ValueError` if there is no place for one.
-
-    >>> restore(Module(), StateTree({'h': HiddenState(jnp.ones(2))})).h
-    HiddenState(float32[2])
-    """
-    graph = _walk(module)
-    with _all_or_nothing(graph):
-        _fill(module, graph.modules, graph.states, _rows(state))
-    return module
-
-
 @contextlib.contextmanager
 def _all_or_nothing(graph: _Graph) -> Iterator[None]:
-    """After an error, put the objects of a graph and the values of its states back as now."""
+    """Put a graph, and the kinds and values of its states, back as now if the body raises."""
     dicts = [*map(vars, graph.modules.values()), *map(vars, graph.states.values())]
     dicts += [part for part in graph.containers.values() if isinstance(part, dict)]
     parts: list[Any] = []  # one flat list, since many new objects would wake the garbage collector
@@ -582,9 +566,12 @@ def _all_or_nothing(graph: _Graph) -> Iterator[None]:
     values = [(box, copy.deepcopy(box.value, {id(leaf): leaf for leaf in jax.tree.leaves(box.value)
                                               if isinstance(leaf, jax.Array)}))
               for box in graph.states.values() if _ROLES[type(box.value)] is not jax.Array]
+    kinds = [*map(type, graph.states.values())]  # which `restore` may change
     try:
         yield
     except BaseException:
+        for box, kind in zip(graph.states.values(), kinds):
+            box.__class__ = kind
         rest = iter(parts)
         for each in dicts:
             names = list(itertools.islice(rest, next(rest)))
@@ -598,8 +585,16 @@ def _all_or_nothing(graph: _Graph) -> Iterator[None]:
         raise
 
 
+def _beyond(part: Any, path: Any) -> Any:
+    """What the steps of a path lead to, as far as they go through tuples."""
+    for step in path:
+        if isinstance(part, tuple):
+            part = dict(enumerate(part)).get(step)
+    return part
+
+
 def _fill(root: Any, nodes: dict[Path, Any], boxes: dict[Path, State], rows: _Rows) -> None:
-    """Load rows into boxes; put those that the root lacks there, in new containers if need be."""
+    """Load rows into boxes; make those that the root lacks, in new containers if need be."""
     beyond: list[Any] = [path for path in rows if path not in boxes]
     made = []  # what holds a new dict, and where
     for path in beyond:
@@ -608,25 +603,28 @@ def _fill(root: Any, nodes: dict[Path, Any], boxes: dict[Path, State], rows: _Ro
         try:
             for end, step in enumerate(path[start - 1:], start):
                 if isinstance(inside, list):
-                    inside += [None] * (step + 1 - len(inside))
-                part = inside.get(step) if isinstance(inside, dict) else inside[step]
-                if isinstance(part, State) or isinstance(part, Module) and end == len(path):
+                    inside += [None] * (step + 1 - len(inside) if inside is not root else 0)
+                part: Any = inside.get(step) if isinstance(inside, dict) else inside[step]
+                role = _ROLES[type(part)]
+                if role is State or role is Module and end == len(path):
                     inside, end = part, end + 1
-                    raise TypeError  # since what is there has to stay
+                    raise TypeError  # since what is there has to stay, and is named
                 if end == len(path):
                     inside[step] = boxes[path] = object.__new__(rows[path][0][0])
                     break
-                if isinstance(part, tuple) and not isinstance(_beyond(part, path[end:-1]), (
-                        Module, dict, list)):
-                    part = inside[step] = list(part)
-                if not isinstance(part, (Module, dict, list, tuple)) or (
-                        isinstance(part, list) and not part and not isinstance(path[end], int)):
+                if role is tuple and not isinstance(
+                        _beyond(part, path[end:-1]), (Module, dict, list)):
+                    part, role = list(part), list  # which can take the state
+                    inside[step] = part
+                if role not in (Module, dict, list, tuple) or (
+                        role is list and not part and not isinstance(path[end], int)):
                     part = inside[step] = {}
                     made.append((inside, step))
                 inside = _inside(part)
         except (IndexError, TypeError):
+            place = _dotted(path[:end - 1]) or "the root"
             raise ValueError(f"no place for the state {_dotted(path)!r}: the module has a "
-                             f"{type(inside).__name__} at {_dotted(path[:end - 1])!r}") from None
+                             f"{type(inside).__name__} at {place!r}") from None
     for inside, step in reversed(made):  # inner ones first
         if list(inside[step]) == list(range(len(inside[step]))):
             inside[step] = list(inside[step].values())
@@ -634,12 +632,18 @@ def _fill(root: Any, nodes: dict[Path, Any], boxes: dict[Path, State], rows: _Ro
         _load(boxes[path], entry, value)
 
 
-def _beyond(part: Any, path: Any) -> Any:
-    """What a path leads to after all tuples on its way."""
-    for step in path:
-        if isinstance(part, tuple):
-            part = dict(enumerate(part)).get(step)
-    return part
+def restore(module: T, state: StateTree) -> T:
+    """Write a tree's values into a module, in place; states that the tree lacks keep theirs.
+
+    States that the module lacks are created: `ValueError` if there is no place for one.
+
+    >>> restore(Module(), StateTree({'h': HiddenState(jnp.ones(2))})).h
+    HiddenState(float32[2])
+    """
+    graph = _walk(module)
+    with _all_or_nothing(graph):
+        _fill(module, graph.modules, graph.states, _rows(state))
+    return module
 
 
 def _copied(graph: _Graph, state: StateTree) -> tuple[Any, dict[Path, Any], dict[Path, State]]:
@@ -668,8 +672,8 @@ def _copied(graph: _Graph, state: StateTree) -> tuple[Any, dict[Path, Any], dict
         same = all(part is copied for part, copied in zip(old, new))
         copies[id(old)] = old if same else tuple.__new__(type(old), new)
     for old in (*graph.modules.values(), *graph.containers.values()):
-        if not isinstance(old, tuple):
-            new = _inside(copies[id(old)])
+        new = _inside(copies[id(old)])
+        if not isinstance(new, tuple):
             for name, part in _parts(old):
                 if id(part) in copies:
                     new[name] = copies[id(part)]
@@ -718,8 +722,29 @@ class _Plan(NamedTuple):
     keyed: set[Path]  # where the method takes a key
 
 
-_ABSENT = ("is no method of {}; define it, exclude these nodes with node_to_exclude, or pass "
-           "fn_if_not_exist='pass'")
+_ABSENT = ("is no method of {}; define it there or, in a call to all nodes, pass "
+           "node_to_exclude= or fn_if_not_exist='pass'")
+
+
+def _use(method: Any, function: Any, plan: _Plan) -> tuple[Any, bool]:
+    """The level of a method, or what is wrong with it; and whether it gets a key."""
+    if not callable(method):
+        return _ABSENT if method is _ABSENT else "is an attribute, but no method, of {}", False
+    parameters: Mapping[str, Any] = {}
+    with contextlib.suppress(ValueError):  # of a builtin that does not tell
+        parameters = inspect.signature(method).parameters
+    key: Any = parameters.get("key")
+    named = key is not None and key.kind in (key.POSITIONAL_OR_KEYWORD, key.KEYWORD_ONLY)
+    given = "key" in plan.kwargs or named and key.kind is not key.KEYWORD_ONLY and (
+        "key" in list(parameters)[:len(plan.args)])
+    if named and plan.key is None and not given and key.default is key.empty:
+        return "requires a key on {}; pass key=jax.random.key(0)", False
+    if named and plan.key is not None and given:
+        return "gets one key by position and another by key= on {}; pass one of them", False
+    silent = function is Module.init_state or function is Module.reset_state  # do nothing
+    takes = plan.key is not None and not silent and (
+        named or any(each.kind is each.VAR_KEYWORD for each in parameters.values()))
+    return getattr(function, "call_order", float("-inf")), takes
 
 
 def _plan(nodes: dict[Path, Module], fn_name: str, args: Any = (), kwargs: Kwargs = None,
@@ -763,29 +788,17 @@ def _plan(nodes: dict[Path, Module], fn_name: str, args: Any = (), kwargs: Kwarg
     return plan
 
 
-def _use(method: Any, function: Any, plan: _Plan) -> tuple[Any, bool]:
-    """The level of a method, or what is wrong with it; and whether it gets a key."""
-    if not callable(method):
-        return _ABSENT if method is _ABSENT else "is an attribute, but no method, of {}", False
-    parameters: Mapping[str, Any] = {}
-    with contextlib.suppress(ValueError):  # of a builtin that does not tell
-        parameters = inspect.signature(method).parameters
-    key: Any = parameters.get("key")
-    named = key is not None and key.kind in (key.POSITIONAL_OR_KEYWORD, key.KEYWORD_ONLY)
-    given = "key" in plan.kwargs or named and key.kind is not key.KEYWORD_ONLY and (
-        "key" in list(parameters)[:len(plan.args)])
-    if named and plan.key is None and not given and key.default is key.empty:
-        return "requires a key on {}; pass key=jax.random.key(0)", False
-    if named and plan.key is not None and given:
-        return "gets one key by position and another by key= on {}; pass one of them", False
-    silent = function is Module.init_state or function is Module.reset_state  # do nothing
-    takes = plan.key is not None and not silent and (
-        named or any(each.kind is each.VAR_KEYWORD for each in parameters.values()))
-    return getattr(function, "call_order", float("-inf")), takes
+_fold_in = jax.jit(lambda key, words: functools.reduce(jax.random.fold_in, words, key))
+
+
+def _node_key(key: Key, path: Path) -> Key:
+    """The key of a node: a matter of its path alone, in every process, unlike `hash`."""
+    digest = hashlib.blake2b(repr(_rank(path)).encode(), digest_size=8).digest()
+    return _fold_in(key, np.frombuffer(digest, "<u4").astype(np.uint32))
 
 
 def _run(plan: _Plan, nodes: Mapping[Path, Module], boxes: Mapping[Path, State]) -> Outputs:
-    """Run a plan on nodes, or on copies of them; `ValueError` if boxes lose their mapped axes."""
+    """Run a plan on nodes, or on copies of them; `ValueError` if mapped axes of boxes change."""
     fn_name, args, kwargs, key, steps, keyed = plan
     outputs, mapped = {}, {path: (box.mapped, [*map(np.shape, jax.tree.leaves(box.value))])
                            for path, box in boxes.items() if box.mapped}
@@ -808,15 +821,6 @@ def _run(plan: _Plan, nodes: Mapping[Path, Module], boxes: Mapping[Path, State])
         raise ValueError(f"{fn_name!r} ran once for all members and changed the leading axes of "
                          f"{_sites(boxes, changed)}; run it once per member, with {forms}")
     return outputs
-
-
-def _node_key(key: Key, path: Path) -> Key:
-    """The key of a node: a matter of its path alone, in every process, unlike `hash`."""
-    digest = hashlib.blake2b(repr(_rank(path)).encode(), digest_size=8).digest()
-    return _fold_in(key, np.frombuffer(digest, "<u4").astype(np.uint32))
-
-
-_fold_in = jax.jit(lambda key, words: functools.reduce(jax.random.fold_in, words, key))
 
 
 def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan) -> tuple[Outputs, Any, Any]:
@@ -901,6 +905,65 @@ def reset(module: Any, state: StateTree, *args: Any, node_to_exclude: Filter = N
 # ---- Vmapped calls -------------------------------------------------------------------------------
 
 
+def _members(mapped: StateTree, size: Any = None) -> int:
+    """The number of members that an ``axis_size`` and the mapped states agree on."""
+    shapes = {path: np.shape(leaf)[:1] for path, leaf in _tree_leaves(mapped)}
+    if size is None:
+        size = next(itertools.chain.from_iterable(shapes.values()), None)
+    if odd := [f"{_dotted(path)!r} {shape}" for path, shape in shapes.items() if shape != (size,)]:
+        raise ValueError(f"axis_size {size} is at odds with the mapped axis of {', '.join(odd)}")
+    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"pass a positive int as axis_size, or mapped states; got {size!r}")
+    return int(size)
+
+
+def _with_axes(state: StateTree, count: int) -> StateTree:
+    """The same values, said to have so many more mapped axes."""
+    return _tree({path: ((kind, tag, mapped + count), value)
+                  for path, ((kind, tag, mapped), value) in _rows(state).items()})
+
+
+def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | None, in_axes: Any,
+                 state_to_exclude: Filter = None, state_tag: Hashable = None) -> tuple[Any, Any]:
+    """Run a plan under one `jax.vmap`, on a copy that lives inside it: ``(outputs, state)``."""
+    excluded = _predicate(state_to_exclude)
+    mapped, shared = partition(state, lambda path, box: box.mapped and not excluded(path, box))
+    size = _members(mapped, axis_size)
+    keys = None if plan.key is None else jax.random.split(plan.key, size)
+    in_axes = tuple(in_axes) if isinstance(in_axes, list) else in_axes  # as jax.vmap takes them
+    output_paths: list[Path] = []
+    # A batching rule sees what is batched by the innermost vmap that batches any operand, and
+    # `index` is batched by the one below.
+    same_for_all = jax.custom_batching.custom_vmap(lambda index, common: common)
+
+    @same_for_all.def_vmap
+    def check(size: int, batched: Any, index: Any, common: StateTree) -> tuple[StateTree, Any]:
+        if unlike := [path for path in common if any(jax.tree.leaves(batched[1][path]))]:
+            raise ValueError(
+                f"shared states ended up different per member: {_sites(common.states(), unlike)}; "
+                "create them in init_state under a vmapped call, or make their values the same")
+        return common, batched[1]
+
+    def run_member(index: Any, key: Key, mapped: StateTree, args: Any) -> Any:
+        member_plan = plan._replace(args=args, key=key)
+        outputs, before, after = _run_on_copy(graph, mapped | shared, member_plan)
+        outputs = {path: output for path, output in outputs.items()
+                   if not isinstance(output, Module)}  # such as self, which cannot cross
+        output_paths.extend(outputs)
+        is_mapped = {id(box): path in mapped for path, box in before.items()}
+        own: dict[Path, State] = {}
+        common: dict[Path, State] = {}
+        for path, box in after.items():
+            if id(box) not in is_mapped and box.tag is None:
+                box.tag = state_tag
+            (own if is_mapped.get(id(box), not excluded(path, box)) else common)[path] = box
+        return list(outputs.values()), _tree_of(own), same_for_all(index, _tree_of(common))
+
+    run_members = jax.vmap(run_member, in_axes=(0, 0, 0, in_axes), out_axes=(0, 0, None))
+    outputs, own, common = run_members(jnp.arange(size), keys, _with_axes(mapped, -1), plan.args)
+    return dict(zip(output_paths, outputs)), _with_axes(own, +1) | common
+
+
 def vmap_apply(module: Module, state: StateTree, *args: Any, in_axes: Any = 0,
                axis_size: int | None = None, method: str = "__call__",
                **kwargs: Any) -> tuple[Any, StateTree]:
@@ -942,65 +1005,6 @@ def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (),
     graph = _walk(module)
     plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
     return _run_members(graph, state, plan, axis_size, in_axes, state_to_exclude, state_tag)
-
-
-def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | None, in_axes: Any,
-                 state_to_exclude: Filter = None, state_tag: Hashable = None) -> tuple[Any, Any]:
-    """Run a plan under one `jax.vmap`, on a copy that lives inside it: ``(outputs, state)``."""
-    excluded = _predicate(state_to_exclude)
-    mapped, shared = partition(state, lambda path, box: box.mapped and not excluded(path, box))
-    size = _members(mapped, axis_size)
-    keys = None if plan.key is None else jax.random.split(plan.key, size)
-    in_axes = tuple(in_axes) if isinstance(in_axes, list) else in_axes  # as jax.vmap takes them
-    output_paths: list[Path] = []
-    # JAX tells a batching rule which operands differ, for the innermost vmap that any depends on:
-    # `index` makes that the one meant here.
-    same_for_all = jax.custom_batching.custom_vmap(lambda index, common: common)
-
-    @same_for_all.def_vmap
-    def check(size: int, batched: Any, index: Any, common: StateTree) -> tuple[StateTree, Any]:
-        if unlike := [path for path in common if any(jax.tree.leaves(batched[1][path]))]:
-            raise ValueError(
-                f"shared states ended up different per member: {_sites(common.states(), unlike)}; "
-                "create them in init_state under a vmapped call, or make their values the same")
-        return common, batched[1]
-
-    def run_member(index: Any, key: Key, mapped: StateTree, args: Any) -> Any:
-        member_plan = plan._replace(args=args, key=key)
-        outputs, before, after = _run_on_copy(graph, mapped | shared, member_plan)
-        outputs = {path: output for path, output in outputs.items()
-                   if not isinstance(output, Module)}  # such as self, which cannot cross
-        output_paths.extend(outputs)
-        is_mapped = {id(box): path in mapped for path, box in before.items()}
-        own: dict[Path, State] = {}
-        common: dict[Path, State] = {}
-        for path, box in after.items():
-            if id(box) not in is_mapped and box.tag is None:
-                box.tag = state_tag
-            (own if is_mapped.get(id(box), not excluded(path, box)) else common)[path] = box
-        return list(outputs.values()), _tree_of(own), same_for_all(index, _tree_of(common))
-
-    run_members = jax.vmap(run_member, in_axes=(0, 0, 0, in_axes), out_axes=(0, 0, None))
-    outputs, own, common = run_members(jnp.arange(size), keys, _with_axes(mapped, -1), plan.args)
-    return dict(zip(output_paths, outputs)), _with_axes(own, +1) | common
-
-
-def _members(mapped: StateTree, size: Any = None) -> int:
-    """The number of members that an ``axis_size`` and the mapped states agree on."""
-    shapes = {path: np.shape(leaf)[:1] for path, leaf in _tree_leaves(mapped).items()}
-    if size is None:
-        size = next(itertools.chain.from_iterable(shapes.values()), None)
-    if odd := [f"{_dotted(path)!r} {shape}" for path, shape in shapes.items() if shape != (size,)]:
-        raise ValueError(f"axis_size {size} is at odds with the mapped axis of {', '.join(odd)}")
-    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"pass a positive int as axis_size, or mapped states; got {size!r}")
-    return int(size)
-
-
-def _with_axes(state: StateTree, count: int) -> StateTree:
-    """The same values, said to have so many more mapped axes."""
-    return _tree({path: ((kind, tag, mapped + count), value)
-                  for path, ((kind, tag, mapped), value) in _rows(state).items()})
 
 
 def vmap_init(module: Any, *args: Any, axis_size: int | None, in_axes: Any = None,
@@ -1073,52 +1077,6 @@ class Assigned(NamedTuple):
     missing: list[Path]  # paths of states, or of leaves where only part of a state was given
 
 
-def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
-    """Load values into a tree by name: ``(state, unexpected, missing)``, with a new tree.
-
-    A snapshot is a state tree, or a mapping from paths or dotted names to values, leaves or nested
-    dicts: all reach the leaf that has the dotted name. Later snapshots win. Each leaf keeps the
-    dtype, shape and sharding that it had. Raises one `ValueError` that lists every leaf of another
-    shape, of a kind that does not fit (float into int, complex into float) or that is no array;
-    `ValueError` for a dotted name that several leaves share; `TypeError` for what is no mapping.
-
-    >>> tree = StateTree({'W': ParamState({'bias': 0., 'weight': 1.})})
-    >>> tree, unexpected, missing = assign(tree, {'W.bias': np.float64(2), 'V': np.ones(2)})
-    >>> tree['W']['bias'].item(), unexpected, missing
-    (2.0, ['V'], [('W', 'weight')])
-    """
-    old, new = _tree_leaves(state), {}
-    unexpected: list[Any] = []
-    paths = _found(old)
-    for snapshot in snapshots:
-        if not isinstance(snapshot, Mapping):
-            raise TypeError(f"a snapshot is a mapping; got {type(snapshot).__name__}")
-        for key, value in snapshot.items():
-            found, extra = {}, []
-            for path, leaf in _flattened(value, _path(key)):
-                named = paths.get(path if isinstance(key, tuple) and path in old else _dotted(path))
-                if named and len(named) > 1:
-                    raise ValueError(f"{_dotted(path)!r} names several leaves: {named}; "
-                                     "use a tuple path as the key")
-                if named:
-                    found[named[0]] = leaf
-                elif leaf is not None:  # which may also be an empty part of a state
-                    extra.append(path)
-            new.update(found)
-            unexpected += extra if found else [key] if extra or key not in state else []
-    fitted = {path: _fitted(leaf, old[path]) for path, leaf in new.items()}
-    if unfit := [f"{_dotted(path)!r} expected {_described(old[path])}, got {_described(new[path])}"
-                 for path in _in_order(fitted) if fitted[path] is None]:
-        raise ValueError(f"nothing was assigned, since values do not fit: {'; '.join(unfit)}")
-    missing: list[Path] = []
-    for path, (_, value) in _rows(state).items():
-        leaves = [leaf_path for leaf_path, _ in _leaves(value, path)]
-        lost = [leaf_path for leaf_path in leaves if leaf_path not in fitted]
-        missing += [path] if lost and lost == leaves else lost
-    assigned = jax.tree.unflatten(jax.tree.structure(state), list((old | fitted).values()))
-    return Assigned(assigned, _in_order(dict.fromkeys(unexpected)), _in_order(missing))
-
-
 def _flattened(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     """The leaves of nested mappings, boxes and pytrees, with their paths."""
     if isinstance(value, Mapping):
@@ -1151,6 +1109,54 @@ def _fitted(new: Any, old: Any) -> Any:
     return new if stays else jax.device_put(new, sharding)
 
 
+def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
+    """Load values into a tree by name: ``(state, unexpected, missing)``, with a new tree.
+
+    A snapshot is a state tree, or a mapping from paths or dotted names to values, leaves or nested
+    dicts: all reach the leaf that has the dotted name. Later snapshots win. Each leaf keeps the
+    dtype, shape and sharding that it had. Raises one `ValueError` that lists every leaf of another
+    shape, of a kind that does not fit (float into int, complex into float) or that is no array;
+    `ValueError` for a dotted name that several leaves share; `TypeError` for what is no mapping.
+
+    >>> tree = StateTree({'W': ParamState({'bias': 0., 'weight': 1.})})
+    >>> tree, unexpected, missing = assign(tree, {'W.bias': np.float64(2), 'V': np.ones(2)})
+    >>> tree['W']['bias'].item(), unexpected, missing
+    (2.0, ['V'], [('W', 'weight')])
+    """
+    leaves, new = _tree_leaves(state), {}
+    old = dict(leaves)
+    unexpected: list[Any] = []
+    paths = _found(path for path, _ in leaves)
+    for each in snapshots:
+        if not isinstance(each, Mapping):
+            raise TypeError(f"a snapshot is a mapping; got {type(each).__name__}")
+        for key, value in each.items():
+            found, extra = {}, []
+            for path, leaf in _flattened(value, _path(key)):
+                named = paths.get(path if isinstance(key, tuple) and path in old else _dotted(path))
+                if named and len(named) > 1:
+                    raise ValueError(f"{_dotted(path)!r} names several leaves: {named}; "
+                                     "use a tuple path as the key")
+                if named:
+                    found[named[0]] = leaf
+                elif leaf is not None:  # which may also be an empty part of a state
+                    extra.append(path)
+            new.update(found)
+            unexpected += extra if found else [key] if extra or key not in state else []
+    fitted = {path: _fitted(leaf, old[path]) for path, leaf in new.items()}
+    if unfit := [f"{_dotted(path)!r} expected {_described(old[path])}, got {_described(new[path])}"
+                 for path in _in_order(fitted) if fitted[path] is None]:
+        raise ValueError(f"nothing was assigned, since values do not fit: {'; '.join(unfit)}")
+    missing: list[Path] = []
+    for path, (_, value) in _rows(state).items():
+        within = [leaf_path for leaf_path, _ in _leaves(value, path)]
+        lost = [leaf_path for leaf_path in within if leaf_path not in fitted]
+        missing += [path] if lost and lost == within else lost
+    assigned = jax.tree.unflatten(jax.tree.structure(state),
+                                  [fitted.get(path, leaf) for path, leaf in leaves])
+    return Assigned(assigned, _in_order(dict.fromkeys(unexpected)), _in_order(missing))
+
+
 # ---- In place: the documented API ----------------------------------------------------------------
 
 
@@ -1175,7 +1181,9 @@ def vmap_call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = 
                       axis_size: int | None = None, node_to_exclude: Filter = None,
                       state_tag: Hashable = None, fn_if_not_exist: str = "raise", *,
                       in_axes: Any = None, state_to_exclude: Filter = None, key: Key = None) -> T:
-    """`vmap_call_all` whose states, but no other attributes, are written into the target.
+    """`vmap_call_all` whose states, and nothing else, are written into the target.
+
+    States that a method drops stay.
 
     >>> class Cell(Module):
     ...     def start(self, key): self.h = HiddenState(jax.random.normal(key, (3,)))
