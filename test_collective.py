@@ -743,12 +743,12 @@ def test_flat_dict_names_every_leaf():
 
 
 def test_where_chooses_along_the_axes_of_the_mask():
-    old = tree_of(h=jnp.zeros((2, 3)), pair=(jnp.zeros((2,)), jnp.zeros((2, 3, 4))))
+    old = tree_of(h=np.zeros((2, 3)), pair=(np.zeros(2), np.zeros((2, 3, 4))))
     new = jax.tree.map(jnp.ones_like, old)
     chosen = where([True, False], new, old)
-    assert all(leaf[0].min() == 1 and leaf[1].max() == 0 for leaf in jax.tree.leaves(chosen))
+    assert all(raw(leaf)[0].min() == 1 and raw(leaf)[1].max() == 0 for leaf in jax.tree.leaves(chosen))
     mask = np.array([[True, False, True], [False, False, True]])
-    chosen = where(mask, tree_of(h=jnp.ones((2, 3, 4))), tree_of(h=jnp.zeros((2, 3, 4))))
+    chosen = where(mask, tree_of(h=np.ones((2, 3, 4))), tree_of(h=np.zeros((2, 3, 4))))
     assert np.array_equal(chosen["h"], np.repeat(mask[..., None], 4, -1))
 
 
