@@ -585,7 +585,7 @@ def _all_or_nothing(graph: _Graph) -> Iterator[None]:
         raise
 
 
-def _beyond(part: Any, path: Any) -> Any:
+def _through_tuples(part: Any, path: Any) -> Any:
     """What the steps of a path lead to, as far as they go through tuples."""
     for step in path:
         if isinstance(part, tuple):
@@ -595,9 +595,9 @@ def _beyond(part: Any, path: Any) -> Any:
 
 def _fill(root: Any, nodes: dict[Path, Any], boxes: dict[Path, State], rows: _Rows) -> None:
     """Load rows into boxes; make those that the root lacks, in new containers if need be."""
-    beyond: list[Any] = [path for path in rows if path not in boxes]
+    lacking: list[Any] = [path for path in rows if path not in boxes]
     made = []  # what holds a new dict, and where
-    for path in beyond:
+    for path in lacking:
         start = len(path) if path[:-1] in nodes else 1  # most are in a module: no need to descend
         inside = _inside(nodes.get(path[:-1], root))
         try:
@@ -613,7 +613,7 @@ def _fill(root: Any, nodes: dict[Path, Any], boxes: dict[Path, State], rows: _Ro
                     inside[step] = boxes[path] = object.__new__(rows[path][0][0])
                     break
                 if role is tuple and not isinstance(
-                        _beyond(part, path[end:-1]), (Module, dict, list)):
+                        _through_tuples(part, path[end:-1]), (Module, dict, list)):
                     part, role = list(part), list  # which can take the state
                     inside[step] = part
                 if role not in (Module, dict, list, tuple) or (
