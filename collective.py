@@ -557,15 +557,27 @@ def _all_or_nothing(graph: _Graph) -> Iterator[None]:
     """Put a graph, and the kinds and values of its states, back as now if the body raises."""
     dicts = [*map(vars, graph.modules.values()), *map(vars, graph.states.values())]
     dicts += [part for part in graph.containers.values() if isinstance(part, dict)]
+    lists: list[Any] = [part for part in graph.containers.values() if isinstance(part, list)]
+    values = [box.value for box in graph.states.values()
+              if _ROLES[type(box.value)] is not jax.Array]
+    seen: set[int] = set()
+    for value in values:  # grows by the parts of each
+        if id(value) in seen or isinstance(value, (jax.Array, type)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, (list, tuple, np.ndarray)):
+            lists.append(value)
+            values += () if isinstance(value, np.ndarray) else value
+        else:  # a dict, or an instance of a registered class
+            dicts.append(value if isinstance(value, dict) else getattr(value, "__dict__", {}))
+            values += dicts[-1].values()
     parts: list[Any] = []  # one flat list, since many new objects would wake the garbage collector
     for each in dicts:
         parts.append(len(each))
         parts.extend(each)
         parts.extend(each.values())
-    lists = [(part, part.copy()) for part in graph.containers.values() if isinstance(part, list)]
-    values = [(box, copy.deepcopy(box.value, {id(leaf): leaf for leaf in jax.tree.leaves(box.value)
-                                              if isinstance(leaf, jax.Array)}))
-              for box in graph.states.values() if _ROLES[type(box.value)] is not jax.Array]
+    kept = [(each, each.copy()) for each in lists if isinstance(each, list)
+            or isinstance(each, np.ndarray) and each.flags.writeable]
     kinds = [*map(type, graph.states.values())]  # which `restore` may change
     try:
         yield
@@ -578,10 +590,8 @@ def _all_or_nothing(graph: _Graph) -> Iterator[None]:
             each.clear()
             for name, part in zip(names, rest):  # what `update` does depends on the class
                 each[name] = part
-        for part, before in lists:
-            part[:] = before
-        for box, value in values:
-            box.value = value
+        for part, before in kept:
+            part[... if isinstance(part, np.ndarray) else slice(None)] = before
         raise
 
 

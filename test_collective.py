@@ -1168,9 +1168,10 @@ def test_values_of_any_kind_are_put_back():
             raise RuntimeError("half way")
 
     model = Odd()
+    array = model.own.value.v
     with pytest.raises(RuntimeError, match="half way"):
         call_all_fns(model, "wreck")
-    assert model.own.value.v.tolist() == [1, 1] and not hasattr(model.own.value, "new")
+    assert model.own.value.v is array and array.tolist() == [1, 1] and not hasattr(model.own.value, "new")
     assert model.own.value.meta is model.own.value and model.frozen.value.tolist() == [1, 1]
 
 
@@ -1483,8 +1484,7 @@ def test_a_deep_chain_works_at_the_default_recursion_limit():
     assert len(tree) == 3000
     _, after = call_all(model, tree, "put", jnp.ones(2))
     call_all_fns(model, "put", jnp.ones(2))
-    deepest = after.states()[("next",) * 2999 + ("state",)]
-    assert float(deepest.value[0]) == float(model.state.value[0]) == 1
+    assert float(after[("next",) * 2999 + ("state",)][0]) == float(model.state.value[0]) == 1
 
 
 class Link(Module):
@@ -1532,7 +1532,7 @@ def test_sixteen_threads_use_one_template_at_once():
 # ---- Vmapped calls -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mlp", "stack", "lif", "shared"])
+@pytest.mark.parametrize("name", ["mlp", "vanilla", "gru", "stack", "lif", "shared"])
 def test_every_member_equals_a_single_model_with_its_key(name):
     model, keys = MODELS[name](), jax.random.split(KEY, 3)
     before = frozen(model)
@@ -1775,6 +1775,16 @@ def test_state_tag_marks_what_was_created_without_a_tag():
     assert tags == {"old": None, "plain": "new", "own": "own"}
     vmap_init_all_states(model, axis_size=2, state_tag="new")
     assert (model.plain.tag, model.own.tag, model.old.tag) == ("new", "own", None)
+
+
+def test_states_that_a_vmapped_method_drops_stay_in_place():
+    class Shrinking(Module):
+        def init_state(self, number):
+            self.h = [HiddenState(jnp.zeros(2)) for _ in range(number)]
+
+    model = vmap_init_all_states(Shrinking(), 3, axis_size=2)
+    assert len(vmap_init_all_states(model, 1, axis_size=2).h) == 3
+    assert list(vmap_init(Shrinking(), 1, axis_size=2)) == [("h", 0)]
 
 
 def test_methods_run_once_for_all_members():
