@@ -431,7 +431,7 @@ class StateTree(Mapping[Path, Any]):
         self._static, self._values = tree._static, tree._values
 
     def __getitem__(self, path: Path | str) -> Any:
-        paths = self._static.found.get(path, [])
+        paths: Any = [path] if path in self._static.positions else self._static.found.get(path, [])
         if len(paths) == 1:
             return _fresh(self._values[self._static.positions[paths[0]]])
         if paths:
@@ -441,7 +441,7 @@ class StateTree(Mapping[Path, Any]):
         raise KeyError(f"no state {name!r}; the closest are {close}")
 
     def __contains__(self, path: object) -> bool:
-        return len(self._static.found.get(path, [])) == 1
+        return path in self._static.positions or len(self._static.found.get(path, [])) == 1
 
     def __iter__(self) -> Iterator[Path]:
         return iter(self._static.paths)
@@ -576,7 +576,7 @@ def _all_or_nothing(graph: _Graph) -> Iterator[None]:
         parts.append(len(each))
         parts.extend(each)
         parts.extend(each.values())
-    kept = [(each, each.copy()) for each in lists if isinstance(each, list)
+    kept: list[Any] = [(each, each.copy()) for each in lists if isinstance(each, list)
             or isinstance(each, np.ndarray) and each.flags.writeable]
     kinds = [*map(type, graph.states.values())]  # which `restore` may change
     try:
