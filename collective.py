@@ -8,7 +8,8 @@
 * A **path** is the tuple of names, keys and indices from the root to a state or a module:
   ``('layers', 0, 'weight')``, also written ``'layers.0.weight'`` where a path is read.
 * A **state tree** is a `StateTree`: an immutable mapping from path to value, and a pytree.
-* A **member** is one model of an ensemble; the members lie along leading *mapped axes*.
+* A **member** is one model of an ensemble; the members lie along leading *mapped axes*, which
+  the **mark** of a state (``mapped``) counts.
 
 Pure functions take a module as a template, which they only read, and a state tree; they return
 a new tree, so they work inside ``jit``, ``grad``, ``vmap`` and ``scan``::
@@ -19,7 +20,9 @@ a new tree, so they work inside ``jit``, ``grad``, ``vmap`` and ``scan``::
     reset(module, state, *args)   -> state              vmap_reset(...)
     apply(module, state, *args)   -> (output, state)    vmap_apply(...)
     call_all(module, state, name) -> (outputs, state)   vmap_call_all(...)
+    vmap(fn)(*args)               -> what fn returns, once per member of the trees in args
     partition(state, filter)      -> (matching, rest)   matching | rest -> state
+    subtree(state, path)          -> state              StateTree({path: state}) -> state
     where(mask, new, old)         -> state              flat_dict(state) -> {name: array}
     stack(*states)                -> state              member(state, i) -> state
     assign(state, *snapshots)     -> (state, unexpected, missing)
@@ -43,6 +46,7 @@ be checked is checked before the first method runs, and a call that raises chang
 path    kind         value         mapped
 h       HiddenState  float32[4,3]  1
 weight  ParamState   float32[3,3]  0
+2 leaves, 21 numbers, 84 B
 >>> @jax.jit
 ... def rollout(state, xs):                                      # xs: (time, member, 3)
 ...     return jax.lax.scan(lambda state, x: vmap_apply(cell, state, x)[::-1], state, xs)
@@ -56,61 +60,151 @@ Needs Python >= 3.11 and jax >= 0.4.30; tested with jax 0.4.30, 0.10.2 and 0.12.
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
 import functools
 import hashlib
 import inspect
-import io
-import itertools
+import json
+import pkgutil
 import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
-    "MAX_ORDER", "Assigned", "HiddenState", "LongTermState", "Module", "ParamState", "Path",
-    "ShortTermState", "State", "StateTree", "apply", "assign", "assign_state_values", "call_all",
-    "call_all_fns", "call_order", "flat_dict", "init", "init_all_states", "member", "partition",
-    "reset", "reset_all_states", "restore", "snapshot", "stack", "traverse", "vmap_apply",
-    "vmap_call_all", "vmap_call_all_fns", "vmap_init", "vmap_init_all_states", "vmap_reset",
-    "vmap_reset_all_states", "where",
+    "MAX_ORDER", "HiddenState", "LongTermState", "Module", "ParamState", "Path", "ShortTermState",
+    "State", "StateTree", "apply", "assign", "assign_state_values", "call_all", "call_all_fns",
+    "call_order", "flat_dict", "init", "init_all_states", "member", "partition", "reset",
+    "reset_all_states", "restore", "snapshot", "stack", "subtree", "traverse", "vmap",
+    "vmap_apply", "vmap_call_all", "vmap_call_all_fns", "vmap_init", "vmap_init_all_states",
+    "vmap_reset", "vmap_reset_all_states", "where",
 ]
 
 Path = tuple[Hashable, ...]  # attribute names, dict keys and list indices, from the root
 Filter = Any  # a type, a tag, a predicate, `...`, None, or a list of these: see `_predicate`
 Key = Any  # one PRNG key, typed or legacy, or None
-Kwargs = Mapping[str, Any] | None  # keyword arguments of a method
 Outputs = dict[Path, Any]  # what methods returned, by the paths of their modules, in call order
 T = TypeVar("T")  # what comes back as it came, such as a module or a list of modules
 
 
+# ---- Paths and messages --------------------------------------------------------------------------
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def _as_path(name: Any) -> Path:
+    """The path that a dotted name spells; any other key is a path, or one step of it."""
+    if not isinstance(name, str):
+        return name if isinstance(name, tuple) else (name,)
+    return tuple(int(part) if part.isdecimal() and part == str(int(part)) else part
+                 for part in name.split("."))
+
+
+def _is_step(step: Any) -> bool:
+    """Whether a key may be part of a path. Others compare equal (True and 1) or vary in `repr`."""
+    return type(step) in (str, int) or type(step) is tuple and all(map(_is_step, step))
+
+
+def _order(path: Any) -> list[tuple[int, Any]]:
+    """Where a path comes: ints by number, then strings, then others by `repr`."""
+    return [(0, step) if isinstance(step, int) else (1, step) if isinstance(step, str)
+            else (2, repr(step)) for step in (path if isinstance(path, tuple) else (path,))]
+
+
+def _in_order(paths: Collection[Path]) -> list[Path]:
+    try:
+        return sorted(paths)  # the same order, only faster, where an int meets no string
+    except TypeError:
+        return sorted(paths, key=_order)
+
+
+def _check_names(paths: Iterable[Path]) -> None:
+    first: dict[str, Path] = {}
+    for path in paths:
+        if (other := first.setdefault(_dotted(path), path)) is not path:
+            raise ValueError(f"{other} and {path} spell one dotted name; rename one of them")
+
+
+def _leaves(value: Any, path: Path = ()) -> list[tuple[Path, Any]]:
+    """The leaves of a pytree, which is at a path, with theirs, in the order of `jax.tree.leaves`."""
+    if isinstance(value, jax.Array):
+        return [(path, value)]
+    return [(path + tuple(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))
+                          for key in keys), leaf)
+            for keys, leaf in jax.tree_util.tree_flatten_with_path(value)[0]]
+
+
+def _described(value: Any) -> str:
+    """Dtypes and shapes of a pytree: "bias float32[2], weight float32[4,2]"."""
+    return ", ".join(
+        f"{_dotted(path)} {leaf.dtype}[{','.join(map(str, leaf.shape))}]".lstrip()
+        if hasattr(leaf, "dtype") else type(leaf).__name__
+        for path, leaf in _leaves(value)) or type(value).__name__
+
+
+def _site(path: Path, thing: Any) -> str:
+    """Where a thing is, for messages: "'layers.0' (Linear)"."""
+    return f"{repr(_dotted(path)) if path else 'the root'} ({type(thing).__name__})"
+
+
+def _sites(things: Mapping[Path, Any], paths: Collection[Path]) -> str:
+    return ", ".join(_site(path, things[path]) for path in _in_order(paths))
+
+
+def _is_array(leaf: Any) -> bool:
+    """Whether JAX takes a leaf for an array."""
+    return isinstance(leaf, (jax.Array, int, float, complex)) or (
+        isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "biufcV")
+
+
+def _warn(message: str) -> None:
+    """Warn at the line that called this file."""
+    files = [frame.filename for frame in inspect.stack(0)]
+    level = next((level for level, file in enumerate(files, 1) if file != files[0]), 1)
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed PRNG keys, whose dtypes are none of NumPy's."""
+    dtype = getattr(leaf, "dtype", np.dtype(bool))
+    return not isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
 # ---- States and filters --------------------------------------------------------------------------
+
+_FILE = globals().get("__file__", __name__)  # which tells two copies of this file apart
 
 
 class State:
     """A box for one value of a module: an array, or any pytree of arrays.
 
-    `tag` is a label for filters; `mapped` counts the leading ensemble axes of the value.
-    Subclasses are kinds: filters select by them, and state trees record them.
+    Read and write ``value``; ``tag`` is a label for filters; ``mapped`` counts the leading
+    ensemble axes of the value. Subclasses are kinds: filters select by them, state trees record
+    them.
 
     >>> State({'bias': jnp.zeros(2)}, tag='slow')
     State(bias float32[2])
     """
 
+    _collective_file = _FILE
+
     def __init__(self, value: Any, *, tag: Hashable = None) -> None:
         self.value, self.tag, self.mapped = value, tag, 0
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({_described(self.value)})"
+        mark = f", mapped={self.mapped}" if self.mapped else ""
+        return f"{type(self).__name__}({_described(self.value)}{mark})"
 
 
 class LongTermState(State):
@@ -146,63 +240,19 @@ def _predicate(filter: Filter) -> Any:
                     f"None, or a list or tuple of these; got {type(filter).__name__}")
 
 
-def _chosen(things: Mapping[Path, T], filter: Filter) -> dict[Path, T]:
-    chosen = _predicate(filter)
-    return {path: thing for path, thing in things.items() if chosen(path, thing)}
-
-
-def _dotted(path: Path) -> str:
-    return ".".join(map(str, path))
-
-
-def _path(name: Any) -> Path:
-    """The path that a dotted name spells; any other key is a path, or one step of it."""
-    if not isinstance(name, str):
-        return name if isinstance(name, tuple) else (name,)
-    return tuple(int(part) if part.isdecimal() and part == str(int(part)) else part
-                 for part in name.split("."))
-
-
-def _rank(path: Any) -> list[tuple[int, Any]]:
-    """Where a path comes in canonical order: ints by number, then strings, then others by repr."""
-    return [(0, part) if isinstance(part, int) else (1, part) if isinstance(part, str)
-            else (2, repr(part)) for part in (path if isinstance(path, tuple) else (path,))]
-
-
-def _in_order(paths: Iterable[Path]) -> list[Path]:
-    paths = list(paths)
-    with contextlib.suppress(TypeError):
-        if {*map(type, itertools.chain.from_iterable(paths))} <= {int, str}:
-            return sorted(paths)  # the same order, only faster, where no int meets a string
-    return sorted(paths, key=_rank)
-
-
-def _sites(things: Mapping[Path, Any], paths: Iterable[Path]) -> str:
-    """Where some of the things are, for messages: "'layers.0' (Linear), 'layers.1' (Linear)"."""
-    names = {path: repr(_dotted(path)) if path else "the root" for path in _in_order(paths)}
-    return ", ".join(f"{name} ({type(things[path]).__name__})" for path, name in names.items())
-
-
-def _leaves(value: Any, path: Path = (), is_leaf: Any = None) -> list[tuple[Path, Any]]:
-    """The leaves of a pytree with their paths, in the order in which JAX flattens it."""
-    return [(path + tuple(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))
-                          for key in keys), leaf)
-            for keys, leaf in jax.tree_util.tree_flatten_with_path(value, is_leaf)[0]]
-
-
-def _described(value: Any) -> str:
-    """Dtypes and shapes of a pytree: "bias float32[2], weight float32[4,2]"."""
-    return ", ".join(
-        f"{_dotted(path)} {leaf.dtype}[{','.join(map(str, leaf.shape))}]".lstrip()
-        if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else type(leaf).__name__
-        for path, leaf in _leaves(value, is_leaf=lambda part: part is None))
+def _filtered(things: Mapping[Path, T], filter: Filter) -> dict[Path, T]:
+    passes = _predicate(filter)
+    return {path: thing for path, thing in things.items() if passes(path, thing)}
 
 
 # ---- Modules and the walk ------------------------------------------------------------------------
 
 
 class Module:
-    """Base class of what holds states, to mix in; define `update`, `init_state`, `reset_state`.
+    """Base class of what holds states, to mix in.
+
+    Define ``update``, which calling the module calls; `init_state`, which creates states; and
+    `reset_state`, which sets them back.
 
     >>> class Scale(Module):
     ...     def __init__(self, size): self.factor = ParamState(jnp.ones(size))
@@ -212,14 +262,20 @@ class Module:
       factor: ParamState(float32[2]))
     """
 
-    update: Callable[..., Any]
+    _collective_file = _FILE
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        slots = itertools.chain(*(vars(base).get("__slots__", ()) for base in cls.__mro__))
-        if names := sorted({*slots} - {"__dict__", "__weakref__"}):
-            raise TypeError(f"{cls.__name__} has __slots__ {names}, where no state is found; "
-                            "remove them")
+        if (cls.__basicsize__, cls.__itemsize__) != (Module.__basicsize__, Module.__itemsize__):
+            raise TypeError(f"{cls.__name__} has __slots__ or a builtin base class, where no state "
+                            "is found; keep all in attributes")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        held = vars(self).get(name)
+        if isinstance(held, State) and not isinstance(value, State) and (
+                any(map(_is_array, jax.tree.leaves(value)))):
+            raise TypeError(f"{name!r} is a {type(held).__name__}; write self.{name}.value = ...")
+        super().__setattr__(name, value)
 
     def init_state(self, *args: Any, **kwargs: Any) -> Any:
         """Create the states of this module; does nothing by default."""
@@ -228,32 +284,52 @@ class Module:
         """Set the states of this module back; does nothing by default."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.update(*args, **kwargs)
+        return self.update(*args, **kwargs)  # type: ignore[attr-defined]
 
     def states(self, filter: Filter = ...) -> dict[Path, State]:
         """The live states that pass a filter, each once, under its first path."""
-        return _chosen(_walk(self).states, filter)
+        return _filtered(_walk(self).states, filter)
 
     def nodes(self, filter: Filter = ...) -> dict[Path, Module]:
         """The modules that pass a filter, this one included, in the order of `traverse`."""
-        return _chosen(_walk(self).modules, filter)
+        return _filtered(_walk(self).modules, filter)
 
     def __repr__(self) -> str:
         graph = _walk(self)
         texts = {path: type(node).__name__ for path, node in graph.modules.items()} | graph.states
-        return "\n".join("  " * len(path) + f"{_dotted(path)}: {texts[path]}".removeprefix(": ")
-                         for path in _in_order(texts))
+        lines, above = [f"{texts.pop(())}"], [Path()]  # the paths of the lines that one is under
+        for path in _in_order(texts):
+            while path[:len(above[-1])] != above[-1]:
+                above.pop()
+            lines.append(f"{'  ' * len(above)}{_dotted(path[len(above[-1]):])}: {texts[path]}")
+            above.append(path)
+        return "\n".join(lines)
 
 
 class _Roles(dict[type, Any]):
-    """What a type is to the walk, if anything; cached, since type checks took half of its time."""
+    """By type, the class whose methods the walk uses; None for what it passes over.
+
+    Remembered, since checks of types took half of the time of a walk.
+    """
 
     def __missing__(self, kind: type) -> Any:
-        bases = (Module, State, dict, list, tuple, types.MethodType, jax.Array)
-        return self.setdefault(kind, next((base for base in bases if issubclass(kind, base)), None))
+        bases = (Module, State, OrderedDict, dict, list, tuple, types.MethodType)
+        role = next((base for base in bases if issubclass(kind, base)), None)
+        if role is None and (file := getattr(kind, "_collective_file", None)):
+            raise TypeError(f"{kind.__name__} is made with another copy of this file, {file}, than "
+                            f"{_FILE}; import both from one")
+        return self.setdefault(kind, role)
 
 
 _ROLES = _Roles()
+
+
+def _inside(holder: Any) -> dict[Any, Any]:
+    """What a module or container holds, by name, key or index, whatever a subclass overrides."""
+    role = _ROLES[type(holder)]
+    if role is Module:
+        return holder.__dict__  # type: ignore[no-any-return]
+    return dict(role.items(holder) if issubclass(role, dict) else enumerate(role.__iter__(holder)))
 
 
 class _Graph(NamedTuple):
@@ -261,52 +337,48 @@ class _Graph(NamedTuple):
 
     root: Any
     modules: dict[Path, Module]  # children before parents
-    containers: dict[Path, Any]  # lists, tuples and dicts
+    containers: dict[Path, Any]  # lists and dicts, for tuples cannot change
     states: dict[Path, State]
-    methods: list[types.MethodType]  # bound methods kept as attributes
-
-
-def _inside(holder: Any) -> Any:
-    """The dict, list or tuple in which a module or container has its parts."""
-    return holder.__dict__ if isinstance(holder, Module) else holder
-
-
-def _parts(holder: Any) -> Iterable[tuple[Any, Any]]:
-    inside = _inside(holder)
-    return inside.items() if isinstance(inside, dict) else enumerate(inside)
+    aliases: dict[Path, Any]  # states, lists and dicts once more, under their further paths
 
 
 def _walk(root: Any) -> _Graph:
     """Walk a module, or a list, tuple or dict of modules, depth first and without recursion."""
-    role, holders = _ROLES[type(root)], (Module, list, tuple, dict)
-    kinds = {type(part) for _, part in _parts(root)} if role in holders[1:] else {type(root)}
-    if strays := sorted(kind.__name__ for kind in kinds if not issubclass(kind, holders)):
+    is_container = isinstance(root, (list, tuple, dict))
+    targets = _inside(root).values() if is_container else [root]
+    if strays := sorted({type(each).__name__ for each in targets
+                         if _ROLES[type(each)] in (None, State, types.MethodType)}):
         raise TypeError(f"expected a module, or a list, tuple or dict of modules; got {strays}")
-    _, modules, containers, states, methods = graph = _Graph(root, {}, {}, {}, [])
-    path: Path = ()
-    stack: list[Any] = []  # the holders above, and how far their parts are read
-    holder, items, seen = root, iter(_parts(root)), {id(root)}
-    roles, array = _ROLES, jax.Array
-    while True:
-        for name, part in items:
-            kind = roles[type(part)]
-            if kind is None or kind is array or (identity := id(part)) in seen:
+    graph, odd, roles, seen = _Graph(root, {}, {}, {}, {}), [], _ROLES, {id(root)}
+    stack: list[tuple[Path, Any, Iterator[Any]]] = [((), root, iter(_inside(root).items()))]
+    while stack:
+        path, holder, parts = stack[-1]
+        for name, part in parts:
+            role = roles[type(part)]
+            if role is None or role is types.MethodType:
                 continue
-            seen.add(identity)
-            if kind is State:
-                states[path + (name,)] = part
-            elif kind is types.MethodType:
-                methods.append(part)
+            if type(name) is not str and type(name) is not int and not _is_step(name):
+                odd.append(path + (name,))
+            if id(part) in seen:
+                if role is not Module and role is not tuple:
+                    graph.aliases[path + (name,)] = part
+                continue
+            seen.add(id(part))
+            if role is State:
+                graph.states[path + (name,)] = part
             else:
-                stack.append((path, holder, role, items))
-                path, holder, role = path + (name,), part, kind
-                items = iter(part.__dict__.items() if kind is Module else _parts(part))
+                stack.append((path + (name,), part, iter(_inside(part).items())))
                 break
         else:
-            (modules if role is Module else containers)[path] = holder
-            if not stack:
-                return graph
-            path, holder, role, items = stack.pop()
+            stack.pop()
+            role = roles[type(holder)]
+            if role is not tuple:
+                (graph.modules if role is Module else graph.containers)[path] = holder
+    for path in odd:
+        if any(below[:len(path)] == path for below in (*graph.modules, *graph.states)):
+            raise TypeError("a key on the way to a state or module is a str, an int or a tuple of "
+                            f"these; got {path[-1]!r} ({type(path[-1]).__name__}) at {path}")
+    return graph
 
 
 def traverse(module: Any) -> Iterator[tuple[Path, Module]]:
@@ -321,52 +393,56 @@ def traverse(module: Any) -> Iterator[tuple[Path, Module]]:
 # ---- State trees ---------------------------------------------------------------------------------
 #
 # A tree holds its values in one tuple, in canonical order, so that JAX flattens it with one call.
-# All else is static; `_tree` makes equal static parts one object: treedefs compare by identity.
+# All else is static; `_static` makes equal static parts one object: treedefs compare by identity.
 
 _Entry = tuple[type[State], Hashable, int]  # kind, tag and mapped count of one state
 _Rows = dict[Path, tuple[_Entry, Any]]  # what a tree is built from: an entry and a value each
-
-
-def _found(paths: Iterable[Path]) -> dict[Any, list[Path]]:
-    """Paths by themselves, and by dotted name, which several may share."""
-    found: dict[Any, list[Path]] = {}
-    for path in paths:
-        found.setdefault(path, []).append(path)
-        found.setdefault(_dotted(path), []).append(path)
-    return found
 
 
 class _Static:
     """What all trees with the same states share."""
 
     def __init__(self, paths: tuple[Path, ...], entries: tuple[_Entry, ...]) -> None:
+        _check_names(paths)
         self.paths, self.entries = paths, entries
-        self.positions = dict(zip(paths, itertools.count()))
+        self.positions: dict[Any, int] = {
+            name: i for i, path in enumerate(paths) for name in (path, _dotted(path))}
 
     def __repr__(self) -> str:  # as JAX shows it in its messages
-        return ", ".join(map(_dotted, self.paths))
-
-    @functools.cached_property
-    def found(self) -> dict[Any, list[Path]]:
-        return _found(self.paths)
+        return "; ".join(f"{_dotted(path)}: {kind.__name__}, tag={tag!r}, mapped={mapped}"
+                         for path, (kind, tag, mapped) in zip(self.paths, self.entries))
 
 
 _statics: weakref.WeakValueDictionary[Any, _Static] = weakref.WeakValueDictionary()
 _statics_lock = threading.RLock()  # or two threads could make two of the same
 
 
-def _tree(rows: _Rows) -> StateTree:
-    paths = tuple(_in_order(rows))
-    contents = paths, tuple([rows[path][0] for path in paths])
+def _static(paths: tuple[Path, ...], entries: tuple[_Entry, ...]) -> _Static:
+    tags = [(type(tag), repr(tag)) for _, tag, _ in entries if tag is not None]  # 1 equals True
+    contents = paths, entries, tuple(tags)
     with _statics_lock:
-        static = _statics.get(contents) or _statics.setdefault(contents, _Static(*contents))
-    return _with_values(static, [rows[path][1] for path in paths])
+        return _statics.get(contents) or _statics.setdefault(contents, _Static(paths, entries))
 
 
-def _with_values(static: _Static, values: Iterable[Any]) -> StateTree:
-    tree = object.__new__(StateTree)
-    tree._static, tree._values = static, tuple(values)
-    return tree
+def _owned(value: Any) -> Any:
+    """A value in containers of its own, with JAX arrays, which cannot change, for NumPy's."""
+    def own(leaf: Any) -> Any:
+        is_numpy = isinstance(leaf, (np.ndarray, np.generic))
+        return jax.device_put(np.array(leaf)) if is_numpy else leaf  # JAX may keep that very copy
+
+    return value if isinstance(value, jax.Array) else jax.tree.map(own, value)
+
+
+def _row(path: Path, box: State) -> tuple[_Entry, Any]:
+    """What a tree says of a box, all of whose leaves become arrays."""
+    value = box.value
+    try:
+        if not isinstance(value, jax.Array):
+            value = jax.tree.map(
+                lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), _owned(value))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"no array in {_site(path, box)}: {error}") from error
+    return (type(box), box.tag, box.mapped), value
 
 
 def _rows(tree: StateTree) -> _Rows:
@@ -375,73 +451,75 @@ def _rows(tree: StateTree) -> _Rows:
     return dict(zip(tree._static.paths, zip(tree._static.entries, tree._values)))
 
 
+def _tree_from_rows(rows: _Rows) -> StateTree:
+    paths = tuple(_in_order(rows))
+    values = [rows[path][1] for path in paths]
+    if several := [i for i, value in enumerate(values) if not isinstance(value, jax.Array)]:
+        for i in several:
+            values[i] = _owned(values[i])
+        _check_names(leaf_path for path, value in zip(paths, values)
+                     for leaf_path, _ in _leaves(value, path))
+    return _tree_from_values(_static(paths, tuple([rows[path][0] for path in paths])), values)
+
+
+def _tree_from_values(static: _Static, values: Iterable[Any]) -> StateTree:
+    tree = object.__new__(StateTree)
+    tree._static, tree._values = static, tuple(values)
+    return tree
+
+
+def _tree_from_boxes(boxes: Mapping[Path, State]) -> StateTree:
+    return _tree_from_rows({path: _row(path, box) for path, box in boxes.items()})
+
+
 def _load(box: State, entry: _Entry, value: Any) -> State:
     """Fill a box, which need not be of the right kind, nor have been initialised."""
     box.__class__, box.tag, box.mapped = entry
-    box.value = _fresh(value)
+    box.value = value if isinstance(value, jax.Array) else _owned(value)
     return box
-
-
-def _fresh(value: Any, convert: Any = (np.ndarray, np.generic)) -> Any:
-    """A value in new containers, with leaves of the types to convert as new JAX arrays."""
-    return value if _ROLES[type(value)] is jax.Array else jax.tree.map(
-        lambda leaf: jnp.array(leaf) if isinstance(leaf, convert)
-        and not isinstance(leaf, jax.Array) else leaf, value)
-
-
-def _tree_of(boxes: Mapping[Path, State]) -> StateTree:
-    rows: _Rows = {}
-    for path, box in boxes.items():
-        try:
-            rows[path] = (type(box), box.tag, box.mapped), _fresh(box.value, object)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise TypeError(f"no array in {_sites(boxes, [path])}: {error}") from error
-    return _tree(rows)
 
 
 class StateTree(Mapping[Path, Any]):
     """An immutable mapping from path to value, and a JAX pytree whose leaves are the arrays.
 
-    Made from a mapping of paths, or dotted names, to `State` boxes: `TypeError` for anything else.
-    Containers are copied; NumPy arrays become JAX arrays. Paths, kinds, tags and mapped counts are
-    static. Trees compare by identity; ``b`` wins in ``a | b``. A look-up is a `KeyError` unless
-    exactly one state goes by the name.
+    Made from a mapping of paths, or dotted names, to `State` boxes, or to trees, which are grafted
+    there: `TypeError` for anything else, `ValueError` where two states, or leaves, share a dotted
+    name. Containers are copied; NumPy arrays become JAX arrays. Paths, kinds, tags and mapped
+    counts are static. Trees compare by identity; ``b`` wins in ``a | b``. A look-up raises
+    `KeyError` with the closest names.
 
     >>> tree = StateTree({'W': ParamState({'w': jnp.ones((2, 3)), 'b': 0.})})
-    >>> tree | StateTree({'cells.0.h': HiddenState(jnp.zeros(3))})
-    path       kind         value                        mapped
-    W          ParamState   b float32[], w float32[2,3]  0
-    cells.0.h  HiddenState  float32[3]                   0
+    >>> tree | StateTree({'cells.0': StateTree({'h': HiddenState(jnp.zeros(3))})})
+    path       kind         value         mapped
+    W.b        ParamState   float32[]     0
+    W.w        ParamState   float32[2,3]  0
+    cells.0.h  HiddenState  float32[3]    0
+    3 leaves, 10 numbers, 40 B
     """
 
     __slots__ = ("_static", "_values", "__weakref__")
-    _static: _Static
-    _values: tuple[Any, ...]
 
-    def __init__(self, states: Mapping[Any, State]) -> None:
-        boxes: dict[Path, State] = {}
-        for name, box in dict(states).items():
-            if not (isinstance(name, (str, tuple)) and name and isinstance(box, State)):
-                raise TypeError("expected a tuple path, or a dotted name, and a State; "
-                                f"got {name!r} and {type(box).__name__}")
-            if _path(name) in boxes:
-                raise ValueError(f"two of the names spell the path {_path(name)}; give one of them")
-            boxes[_path(name)] = box
-        tree = _tree_of(boxes)
-        self._static, self._values = tree._static, tree._values
+    def __init__(self, states: Mapping[Any, State | StateTree]) -> None:
+        rows: list[tuple[Path, Any]] = []
+        for name, part in dict(states).items():
+            path = _as_path(name) if isinstance(name, (str, tuple)) else ()
+            if not (name and path and _is_step(path) and isinstance(part, (State, StateTree))):
+                raise TypeError("expected a tuple path, or a dotted name, and a State or a "
+                                f"StateTree; got {name!r} and {type(part).__name__}")
+            new = _rows(part) if isinstance(part, StateTree) else {(): _row(path, part)}
+            rows += [(path + below, row) for below, row in new.items()]
+        _check_names(path for path, _ in rows)
+        tree = _tree_from_rows(dict(rows))
+        self._static: _Static = tree._static
+        self._values: tuple[Any, ...] = tree._values
 
     def __getitem__(self, path: Path | str) -> Any:
-        paths: Any = [path] if path in self._static.positions else self._static.found.get(path, [])
-        if len(paths) == 1:
-            return _fresh(self._values[self._static.positions[paths[0]]])
-        if paths:
-            raise KeyError(f"{path!r} names several states: {paths}")
-        name = _dotted(path) if isinstance(path, tuple) else str(path)
-        close = difflib.get_close_matches(name, map(_dotted, self), cutoff=0)
-        raise KeyError(f"no state {name!r}; the closest are {close}")
+        if path not in self:
+            raise _no_state(self, _as_path(path))
+        return _owned(self._values[self._static.positions[path]])
 
     def __contains__(self, path: object) -> bool:
-        return path in self._static.positions or len(self._static.found.get(path, [])) == 1
+        return path in self._static.positions
 
     def __iter__(self) -> Iterator[Path]:
         return iter(self._static.paths)
@@ -452,33 +530,82 @@ class StateTree(Mapping[Path, Any]):
     __eq__, __hash__ = object.__eq__, object.__hash__
 
     def __or__(self, other: StateTree) -> StateTree:
-        return _tree(_rows(self) | _rows(other)) if isinstance(other, StateTree) else NotImplemented
+        if not isinstance(other, StateTree):
+            return NotImplemented
+        return _tree_from_rows(_rows(self) | _rows(other))
 
     def __reduce__(self) -> Any:
-        return _tree, (_rows(self),)
+        return _tree_from_rows, (_rows(self),)
 
     def __repr__(self) -> str:
-        table = [("path", "kind", "value", "mapped")] + [
-            (_dotted(path), kind.__name__, _described(value), str(mapped))
-            for path, ((kind, _, mapped), value) in _rows(self).items()]
+        table = [("path", "kind", "value", "mapped")]
+        for path, ((kind, _, mapped), value) in _rows(self).items():
+            table += [(_dotted(leaf_path), kind.__name__, _described(leaf), str(mapped))
+                      for leaf_path, leaf in _leaves(value, path)]
         widths = [max(map(len, column)) for column in zip(*table)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        arrays = [leaf for leaf in jax.tree.leaves(self) if hasattr(leaf, "dtype")]
+        size: float = sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)
+        units = ["B", "KiB", "MiB", "GiB", "TiB"]
+        while size >= 1024 and units[1:]:
+            size, units = size / 1024, units[1:]
+        lines.append(f"{len(lines) - 1:,} leaves, {sum(leaf.size for leaf in arrays):,} numbers, "
+                     f"{size:.{int(size % 1 > 0)}f} {units[0]}")
+        return "\n".join(lines)
 
     def states(self) -> dict[Path, State]:
         """Fresh boxes with the kinds, tags, mapped counts and values of this tree."""
-        return {path: _load(object.__new__(row[0][0]), *row) for path, row in _rows(self).items()}
+        return {path: _load(object.__new__(entry[0]), entry, value)
+                for path, (entry, value) in _rows(self).items()}
 
 
 jax.tree_util.register_pytree_with_keys(
     StateTree,
     lambda tree: ([(jax.tree_util.DictKey(_dotted(path)), value)
                    for path, value in zip(tree, tree._values)], tree._static),
-    _with_values, lambda tree: (tree._values, tree._static))
+    _tree_from_values, lambda tree: (tree._values, tree._static))
+
+
+def _to_json(static: _Static) -> bytes:
+    kinds, tags, marks = zip(*static.entries) if static.entries else ((), (), ())
+    names = [f"{kind.__module__}:{kind.__qualname__}" for kind in kinds]
+    return json.dumps([static.paths, names, tags, marks]).encode()
+
+
+def _from_json(data: bytes | bytearray) -> _Static:
+    def tuples(part: Any) -> Any:
+        return tuple(map(tuples, part)) if isinstance(part, list) else part
+
+    paths, names, tags, marks = tuples(json.loads(data))
+    return _static(paths, tuple(zip(map(pkgutil.resolve_name, names), tags, marks)))
+
+
+with contextlib.suppress(ImportError, AttributeError, ValueError):  # jax < 0.4.36; a reload
+    from jax import export
+
+    export.register_pytree_node_serialization(
+        StateTree, serialized_name=f"{__name__}.StateTree",
+        serialize_auxdata=_to_json, deserialize_auxdata=_from_json)
+
+
+def _no_state(state: StateTree, path: Path) -> KeyError:
+    name = _dotted(path)
+    names = {_dotted(each[:end]) for each in state for end in range(1, len(each) + 1)}
+    return KeyError(f"no state {name!r}; " + (
+        f"subtree(tree, {name!r}) has those below it" if name in names and path not in state else
+        f"the closest are {difflib.get_close_matches(name, sorted(names), cutoff=0)}"))
 
 
 def _tree_leaves(state: StateTree) -> list[tuple[Path, Any]]:
     """The leaves of a tree with full paths, in the order in which JAX flattens it."""
-    return [leaf for path, (_, value) in _rows(state).items() for leaf in _leaves(value, path)]
+    return [leaf for path, (_, value) in _rows(state).items()
+            for leaf in _leaves(_owned(value), path)]
+
+
+def _split(state: StateTree, chosen: Collection[Path]) -> tuple[StateTree, StateTree]:
+    rows = _rows(state)
+    return (_tree_from_rows({path: row for path, row in rows.items() if path in chosen}),
+            _tree_from_rows({path: row for path, row in rows.items() if path not in chosen}))
 
 
 def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
@@ -488,31 +615,40 @@ def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
     >>> list(params), list(rest)
     ([('w',)], [('h',)])
     """
-    rows, chosen = _rows(state), _chosen(state.states(), filter)
-    return (_tree({path: rows[path] for path in chosen}),
-            _tree({path: rows[path] for path in rows if path not in chosen}))
+    return _split(state, _filtered(StateTree.states(state), filter))
 
 
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def subtree(state: StateTree, path: Path | str) -> StateTree:
+    """The states below a path, or dotted name, with paths from there.
+
+    ``StateTree({path: part})`` puts them back. `KeyError` with the closest names if there are none.
+
+    >>> list(subtree(StateTree({'encoder.0.w': ParamState(1.), 'out': ParamState(2.)}), 'encoder'))
+    [(0, 'w')]
+    """
+    start = _as_path(path)
+    below = {full[len(start):]: row for full, row in _rows(state).items()
+             if full[:len(start)] == start and full != start}
+    if not below:
+        raise _no_state(state, start)
+    return _tree_from_rows(below)
 
 
 def flat_dict(state: StateTree) -> dict[str, Any]:
-    """All leaves, typed keys as their data, by dotted name: `ValueError` if two share one.
+    """All leaves by dotted name, typed keys as their data: what npz and safetensors take.
 
     >>> list(flat_dict(StateTree({'layers.0': ParamState({'bias': 0., 'weight': 1.})})))
     ['layers.0.bias', 'layers.0.weight']
     """
-    leaves = _tree_leaves(state)
-    if shared := [paths for paths in _found(path for path, _ in leaves).values() if paths[1:]]:
-        raise ValueError(f"leaves share one dotted name: {shared}; rename a key of one of them")
     return {_dotted(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf
-            for path, leaf in leaves}
+            for path, leaf in _tree_leaves(state)}
 
 
 def _check_alike(*states: StateTree) -> None:
-    first, *others = [{path: (entry, jax.tree.structure(value), _described(value))
-                       for path, (entry, value) in _rows(state).items()} for state in states]
+    """Refuse trees that differ in more than the numbers in their leaves."""
+    first, *others = [{path: (entry, jax.tree.structure(value), [
+        (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")])
+        for path, (entry, value) in _rows(state).items()} for state in states]
     if unlike := {path for each in others for path in first | each
                   if first.get(path) != each.get(path)}:
         raise ValueError("only the values of the trees may differ, not states, kinds, tags, mapped "
@@ -522,8 +658,9 @@ def _check_alike(*states: StateTree) -> None:
 def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
     """A tree with ``new`` where ``mask`` holds and ``old`` elsewhere, along the axes of the mask.
 
-    Leaves that are the same object in both trees are kept, whatever their shape. Raises
-    `ValueError` if the trees differ in more than values, or a leaf is not ``(*mask.shape, ...)``.
+    Leaves that are the same object in both trees are kept, whatever their shape. In a tree with
+    mapped states the mask is about members. Raises `ValueError` if the trees differ in more than
+    values, if a leaf is not ``(*mask.shape, ...)``, or if a shared state differs.
 
     >>> old = StateTree({'h': HiddenState(jnp.ones(2))})
     >>> where([True, False], jax.tree.map(jnp.zeros_like, old), old)['h']
@@ -531,13 +668,20 @@ def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
     """
     _check_alike(new, old)
     mask = jnp.asarray(mask)
-    pairs = zip(_tree_leaves(old), jax.tree.leaves(new))
-    if unfit := [f"{_dotted(path)!r} {_described(leaf)}" for (path, leaf), other in pairs
-                 if leaf is not other and leaf.shape[:mask.ndim] != mask.shape]:
-        raise ValueError(f"the axes {mask.shape} of the mask do not lead in {', '.join(unfit)}")
-    chosen: StateTree = jax.tree.map(lambda fresh, leaf: leaf if leaf is fresh else jnp.where(
-        jnp.expand_dims(mask, range(mask.ndim, leaf.ndim)), fresh, leaf), new, old)
-    return chosen
+    of_members = any(mapped for _, _, mapped in old._static.entries)
+    unfit = [f"{_dotted(leaf_path)!r} {_described(leaf)}{'' if mapped else ', shared'}"
+             for (path, ((_, _, mapped), value)), other in zip(_rows(old).items(), new._values)
+             for (leaf_path, leaf), fresh in zip(_leaves(value, path), jax.tree.leaves(other))
+             if leaf is not fresh and (of_members and mapped < mask.ndim
+                                       or np.shape(leaf)[:mask.ndim] != mask.shape)]
+    if unfit:
+        raise ValueError(f"the axes {mask.shape} of the mask do not lead in {'; '.join(unfit)}. If "
+                         "all members share a state, call where in the jitted function that made "
+                         "both trees, or take the state from one of them with partition")
+    masks = functools.cache(lambda rank: jnp.expand_dims(mask, tuple(range(mask.ndim, rank))))
+    chosen = jax.tree.map(lambda fresh, leaf: leaf if leaf is fresh else jnp.where(
+        masks(np.ndim(leaf)), fresh, leaf), new, old)
+    return _tree_from_rows(_rows(chosen))
 
 
 # ---- Copy, snapshot, restore ---------------------------------------------------------------------
@@ -549,97 +693,95 @@ def snapshot(module: Any) -> StateTree:
     >>> list(snapshot(restore(Module(), StateTree({'h': State(0.)}))))
     [('h',)]
     """
-    return _tree_of(_walk(module).states)
+    return _tree_from_boxes(_walk(module).states)
+
+
+def _refill(holder: Any, parts: dict[Any, Any]) -> None:
+    """Make a module, list or dict hold these parts and nothing else."""
+    role = _ROLES[type(holder)]
+    inside, methods = (holder.__dict__, dict) if role is Module else (holder, role)
+    methods.clear(inside)
+    list.extend(inside, parts.values()) if role is list else methods.update(inside, parts)
 
 
 @contextlib.contextmanager
 def _all_or_nothing(graph: _Graph) -> Iterator[None]:
     """Put a graph, and the kinds and values of its states, back as now if the body raises."""
-    dicts = [*map(vars, graph.modules.values()), *map(vars, graph.states.values())]
-    dicts += [part for part in graph.containers.values() if isinstance(part, dict)]
-    lists: list[Any] = [part for part in graph.containers.values() if isinstance(part, list)]
-    values = [box.value for box in graph.states.values()
-              if _ROLES[type(box.value)] is not jax.Array]
-    seen: set[int] = set()
-    for value in values:  # grows by the parts of each
-        if id(value) in seen or isinstance(value, (jax.Array, type)):
-            continue
-        seen.add(id(value))
-        if isinstance(value, (list, tuple, np.ndarray)):
-            lists.append(value)
-            values += () if isinstance(value, np.ndarray) else value
-        else:  # a dict, or an instance of a registered class
-            dicts.append(value if isinstance(value, dict) else getattr(value, "__dict__", {}))
-            values += dicts[-1].values()
-    parts: list[Any] = []  # one flat list, since many new objects would wake the garbage collector
-    for each in dicts:
-        parts.append(len(each))
-        parts.extend(each)
-        parts.extend(each.values())
-    kept: list[Any] = [(each, each.copy()) for each in lists if isinstance(each, list)
-            or isinstance(each, np.ndarray) and each.flags.writeable]
-    kinds = [*map(type, graph.states.values())]  # which `restore` may change
+    holders = [*graph.modules.values(), *graph.containers.values()]
+    held = [_inside(holder).copy() for holder in holders]
+    boxes = [*graph.states.values()]
+    kinds, attributes = [*map(type, boxes)], [box.__dict__.copy() for box in boxes]
+    for each in attributes:
+        if not isinstance(each["value"], jax.Array):
+            each["value"] = jax.tree.map(
+                lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, each["value"])
     try:
         yield
     except BaseException:
-        for box, kind in zip(graph.states.values(), kinds):
-            box.__class__ = kind
-        rest = iter(parts)
-        for each in dicts:
-            names = list(itertools.islice(rest, next(rest)))
-            each.clear()
-            for name, part in zip(names, rest):  # what `update` does depends on the class
-                each[name] = part
-        for part, before in kept:
-            part[... if isinstance(part, np.ndarray) else slice(None)] = before
+        for holder, parts in zip(holders, held):
+            _refill(holder, parts)
+        for box, kind, each in zip(boxes, kinds, attributes):
+            box.__class__, box.__dict__ = kind, each
         raise
 
 
-def _through_tuples(part: Any, path: Any) -> Any:
-    """What the steps of a path lead to, as far as they go through tuples."""
-    for step in path:
-        if isinstance(part, tuple):
-            part = dict(enumerate(part)).get(step)
-    return part
+def _built(boxes: dict[Path, State]) -> Any:
+    """A state, or new containers of states by their paths there: lists for keys 0, 1, ..."""
+    if () in boxes and len(boxes) == 1:
+        return boxes[()]
+    below: dict[Any, dict[Path, State]] = {}
+    for path, box in boxes.items():
+        below.setdefault(path[0], {})[path[1:]] = box
+    parts = {step: _built(each) for step, each in below.items()}
+    return [*parts.values()] if [*parts] == [*range(len(parts))] else parts
 
 
-def _fill(root: Any, nodes: dict[Path, Any], boxes: dict[Path, State], rows: _Rows) -> None:
-    """Load rows into boxes; make those that the root lacks, in new containers if need be."""
-    lacking: list[Any] = [path for path in rows if path not in boxes]
-    made = []  # what holds a new dict, and where
-    for path in lacking:
-        start = len(path) if path[:-1] in nodes else 1  # most are in a module: no need to descend
-        inside = _inside(nodes.get(path[:-1], root))
-        try:
-            for end, step in enumerate(path[start - 1:], start):
-                if isinstance(inside, list):
-                    inside += [None] * (step + 1 - len(inside) if inside is not root else 0)
-                part: Any = inside.get(step) if isinstance(inside, dict) else inside[step]
-                role = _ROLES[type(part)]
-                if role is State or role is Module and end == len(path):
-                    inside, end = part, end + 1
-                    raise TypeError  # since what is there has to stay, and is named
-                if end == len(path):
-                    inside[step] = boxes[path] = object.__new__(rows[path][0][0])
-                    break
-                if role is tuple and not isinstance(
-                        _through_tuples(part, path[end:-1]), (Module, dict, list)):
-                    part, role = list(part), list  # which can take the state
-                    inside[step] = part
-                if role not in (Module, dict, list, tuple) or (
-                        role is list and not part and not isinstance(path[end], int)):
-                    part = inside[step] = {}
-                    made.append((inside, step))
-                inside = _inside(part)
-        except (IndexError, TypeError):
-            place = _dotted(path[:end - 1]) or "the root"
-            raise ValueError(f"no place for the state {_dotted(path)!r}: the module has a "
-                             f"{type(inside).__name__} at {place!r}") from None
-    for inside, step in reversed(made):  # inner ones first
-        if list(inside[step]) == list(range(len(inside[step]))):
-            inside[step] = list(inside[step].values())
+def _attach(graph: _Graph, boxes: Mapping[Path, State]) -> None:
+    """Put new states where their paths say: in the deepest holder there is, in new containers.
+
+    A place is free if nothing or None is there or, for a state, a second name of another one. No
+    new container goes beside modules: the states of three layers do not fit into two.
+    """
+    holders = graph.modules | graph.containers
+    new: dict[Path, dict[Path, State]] = {}  # by the place of a new part, the states at or below it
+    for path, box in boxes.items():
+        end = next(end for end in range(len(path), 0, -1) if path[:end - 1] in holders)
+        new.setdefault(path[:end], {})[path[end:]] = box
+    with_modules = {Path()} - {*graph.modules}  # containers of modules, and the root if it is one
+    for path in graph.modules if new else ():
+        while path and (path := path[:-1]) not in graph.modules and path not in with_modules:
+            with_modules.add(path)
+    filled: dict[Path, dict[Any, Any]] = {}
+    faults: list[str] = []
+    for place, below in new.items():
+        above, step, holder = place[:-1], place[-1], holders[place[:-1]]
+        if above not in filled:
+            filled[above] = _inside(holder).copy()
+        parts = filled[above]
+        fits = {Module: isinstance(step, str), list: step in parts or step == len(parts)}
+        free = parts.get(step) is None or () in below and isinstance(parts[step], State)
+        closed = above in with_modules and not (above and () in below)
+        if fits.get(_ROLES[type(holder)], True) and free and not closed and (
+                () not in below or len(below) == 1):
+            parts[step] = _built(below)
+        else:
+            at = _site(above, holder) if parts.get(step) is None else _site(place, parts[step])
+            faults += [f"{_dotted(place + path)!r} at {at}" for path in below]
+    if faults:
+        raise ValueError(f"no place for the states {', '.join(faults)}; create modules in __init__, "
+                         "and write None there for a state that init_state creates")
+    for above, parts in filled.items():
+        _refill(holders[above], parts)
+
+
+def _fill(graph: _Graph, rows: _Rows) -> None:
+    """Load rows into the states of a graph; make those that it lacks."""
+    lacking = {path: object.__new__(row[0][0]) for path, row in rows.items()
+               if path not in graph.states}
+    _attach(graph, lacking)
+    graph.states.update(lacking)
     for path, (entry, value) in rows.items():
-        _load(boxes[path], entry, value)
+        _load(graph.states[path], entry, value)
 
 
 def restore(module: T, state: StateTree) -> T:
@@ -652,45 +794,47 @@ def restore(module: T, state: StateTree) -> T:
     """
     graph = _walk(module)
     with _all_or_nothing(graph):
-        _fill(module, graph.modules, graph.states, _rows(state))
+        _fill(graph, _rows(state))
     return module
 
 
-def _copied(graph: _Graph, state: StateTree) -> tuple[Any, dict[Path, Any], dict[Path, State]]:
-    """A private copy, filled from a tree: its root, modules and states; all else is shared."""
+def _emptied(thing: Any) -> Any:
+    """A new object of the same class and with the same attributes, but without items."""
+    new = _ROLES[type(thing)].__new__(type(thing))
+    if attributes := getattr(thing, "__dict__", None):
+        new.__dict__.update(attributes)
+    if isinstance(thing, defaultdict):
+        new.default_factory = thing.default_factory
+    return new
+
+
+def _copied(graph: _Graph, state: StateTree) -> _Graph:
+    """A private copy of a graph, filled from a tree; all but what the walk finds is shared."""
     rows = _rows(state)
     if lacking := [path for path in graph.states if path not in rows]:
         raise ValueError(f"the state tree lacks {_sites(graph.states, lacking)}, which the module "
                          "has; pass the whole tree, such as `params | rest`")
-    copies: dict[int, Any] = {id(old): copy.copy(old) for old in graph.containers.values()
-                              if not isinstance(old, tuple)}
-    for thing in (*graph.modules.values(), *graph.states.values()):
-        try:
-            copies[id(thing)] = new = object.__new__(type(thing))
-        except TypeError:  # of a class that mixes in a builtin one
-            copies[id(thing)] = new = copy.copy(thing)
-        new.__dict__.update(thing.__dict__)
-    for method in graph.methods:
-        if id(method.__self__) in copies:
-            copies[id(method)] = types.MethodType(method.__func__, copies[id(method.__self__)])
-    tuples = [old for old in graph.containers.values() if isinstance(old, tuple)]
-    for old in tuples:  # which cannot take up copies later
-        if any(isinstance(part, tuple) and id(part) not in copies for part in old):
-            tuples.append(old)  # to come again, after the tuples in it
-            continue
-        new = [copies.get(id(part), part) for part in old]
-        same = all(part is copied for part, copied in zip(old, new))
-        copies[id(old)] = old if same else tuple.__new__(type(old), new)
-    for old in (*graph.modules.values(), *graph.containers.values()):
-        new = _inside(copies[id(old)])
-        if not isinstance(new, tuple):
-            for name, part in _parts(old):
-                if id(part) in copies:
-                    new[name] = copies[id(part)]
-    nodes = {path: copies[id(node)] for path, node in graph.modules.items()}
-    boxes = {path: copies[id(box)] for path, box in graph.states.items()}
-    _fill(copies[id(graph.root)], nodes, boxes, rows)
-    return copies[id(graph.root)], nodes, boxes
+    copies = {id(thing): _emptied(thing) for things in graph[1:4] for thing in things.values()}
+
+    def copied(part: Any) -> Any:
+        """The copy of a part: also of a tuple or a bound method that has to do with a copy."""
+        role = _ROLES[type(part)]
+        if role is tuple and id(part) not in copies:
+            new = [copied(each) for each in tuple.__iter__(part)]
+            changed = [*map(id, new)] != [*map(id, tuple.__iter__(part))]
+            copies[id(part)] = tuple.__new__(type(part), new) if changed else part
+        if role is types.MethodType and id(part.__self__) in copies:
+            return types.MethodType(part.__func__, copies[id(part.__self__)])
+        return copies.get(id(part), part)
+
+    for holder in (*graph.modules.values(), *graph.containers.values()):
+        _refill(copies[id(holder)], {name: part if _ROLES[type(part)] is None else copied(part)
+                                     for name, part in _inside(holder).items()})
+    modules, containers, states = (
+        {path: copies[id(part)] for path, part in parts.items()} for parts in graph[1:4])
+    copy = _Graph(copied(graph.root), modules, containers, states, {})
+    _fill(copy, rows)
+    return copy
 
 
 # ---- The call engine -----------------------------------------------------------------------------
@@ -710,7 +854,7 @@ def call_order(level: int = 0, check_order_boundary: bool = True) -> Callable[[T
     1
     """
     if not isinstance(level, int) or isinstance(level, bool):
-        raise TypeError(f"call_order takes an int, as in @call_order(1); got {level!r}")
+        raise TypeError(f"level must be an integer, as in @call_order(1); got {level!r}")
     if check_order_boundary and not 0 <= level < MAX_ORDER:
         raise ValueError(f"call_order takes a level in [0, {MAX_ORDER}); got {level}")
 
@@ -728,74 +872,94 @@ class _Plan(NamedTuple):
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     key: Key
-    steps: dict[Any, list[Path]]  # by level, in traversal order
-    keyed: set[Path]  # where the method takes a key
+    steps: list[Path]  # of the nodes, in the order of the calls
+    keyed: set[Path]  # of the nodes whose method takes a key
 
 
-_ABSENT = ("is no method of {}; define it there or, in a call to all nodes, pass "
-           "node_to_exclude= or fn_if_not_exist='pass'")
+_MISSING = ("{} does not have method {!r}; define it there or, in a call to all nodes, pass "
+            "node_to_exclude= or fn_if_not_exist='pass'")
 
 
-def _use(method: Any, function: Any, plan: _Plan) -> tuple[Any, bool]:
-    """The level of a method, or what is wrong with it; and whether it gets a key."""
-    if not callable(method):
-        return _ABSENT if method is _ABSENT else "is an attribute, but no method, of {}", False
-    parameters: Mapping[str, Any] = {}
-    with contextlib.suppress(ValueError):  # of a builtin that does not tell
-        parameters = inspect.signature(method).parameters
-    key: Any = parameters.get("key")
-    named = key is not None and key.kind in (key.POSITIONAL_OR_KEYWORD, key.KEYWORD_ONLY)
-    given = "key" in plan.kwargs or named and key.kind is not key.KEYWORD_ONLY and (
-        "key" in list(parameters)[:len(plan.args)])
-    if named and plan.key is None and not given and key.default is key.empty:
-        return "requires a key on {}; pass key=jax.random.key(0)", False
-    if named and plan.key is not None and given:
-        return "gets one key by position and another by key= on {}; pass one of them", False
-    silent = function is Module.init_state or function is Module.reset_state  # do nothing
-    takes = plan.key is not None and not silent and (
-        named or any(each.kind is each.VAR_KEYWORD for each in parameters.values()))
-    return getattr(function, "call_order", float("-inf")), takes
-
-
-def _plan(nodes: dict[Path, Module], fn_name: str, args: Any = (), kwargs: Kwargs = None,
-          node_to_exclude: Filter = None, fn_if_not_exist: str = "raise", key: Key = None) -> _Plan:
-    """Check all that can be checked before the first method runs."""
-    if not isinstance(fn_name, str) or not isinstance(kwargs, (Mapping, type(None))):
-        raise TypeError("expected the name of a method and a mapping of keyword arguments; "
-                        f"got {fn_name!r} and {type(kwargs).__name__}")
+def _check_call(fn_name: Any, kwargs: Any, fn_if_not_exist: Any, key: Any) -> None:
+    """Check the arguments that tell how to call."""
+    if not isinstance(fn_name, str):
+        raise TypeError(f"fn_name must be a string, the name of a method; got {fn_name!r}")
+    if not isinstance(kwargs, Mapping):
+        raise TypeError(f"kwargs must be a mapping, of keyword arguments; got {kwargs!r}")
     if fn_if_not_exist not in ("raise", "warn", "pass", "none"):
         raise ValueError(f"fn_if_not_exist is 'raise', 'warn' or 'pass'; got {fn_if_not_exist!r}")
-    args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
     legacy = getattr(key, "dtype", None) == np.uint32
     if key is not None and (not (legacy or _is_key(key)) or np.ndim(key) != legacy):
         raise TypeError(f"key= is one PRNG key, as of jax.random.key(0); got {_described(key)}")
     if key is not None and "key" in kwargs:
         raise TypeError("a key came both as key=, which gives each node its own, and in kwargs=, "
                         "which gives all nodes the same; pass one of them")
-    groups: dict[Any, list[Path]] = {}  # by level, or by what is wrong
-    plan = _Plan(fn_name, args, kwargs, key, groups, set())
+
+
+def _method(node: Any, fn_name: str) -> Any:
+    """A method, or None; of the `__call__` of `Module`, the `update` to which it forwards."""
+    method = getattr(node, fn_name, None)
+    if method is None and inspect.getattr_static(node, fn_name, None) is not None:
+        return getattr(node, fn_name)  # a property that raises AttributeError is no missing method
+    return _method(node, "update") if getattr(method, "__func__", 0) is Module.__call__ else method
+
+
+def _look(method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], key: Key,
+          ) -> tuple[str | None, float, bool]:
+    """What is wrong with a call of one method, if anything; its level; whether it gets a key."""
+    if not callable(method):
+        return _MISSING if method is None else "on {} the attribute {!r} must be callable", 0, False
+    function, parameters = getattr(method, "__func__", method), {}
+    given: Collection[str] = ("key",)
+    with contextlib.suppress(ValueError, TypeError):  # a builtin that does not tell, or arguments
+        signature = inspect.signature(method)         # that the call itself will refuse
+        parameters = dict(signature.parameters)
+        given = signature.bind_partial(*args, **kwargs).arguments
+    key_of: Any = parameters.get("key")
+    named = key_of and key_of.kind in (key_of.POSITIONAL_OR_KEYWORD, key_of.KEYWORD_ONLY)
+    fault = None
+    if named and "key" in given and key is not None:
+        fault = ("{} gets one key for {!r} by position and another by key=; pass one of them, or "
+                 "put `key` last or after `*`")
+    elif named and "key" not in given and key is None and key_of.default is key_of.empty:
+        fault = "{} requires a key for {!r}; pass key=jax.random.key(0)"
+    silent = function is Module.init_state or function is Module.reset_state  # do nothing
+    takes_key = key is not None and not silent and bool(
+        named or any(each.kind is each.VAR_KEYWORD for each in parameters.values()))
+    return fault, getattr(function, "call_order", float("-inf")), takes_key
+
+
+def _plan(nodes: Mapping[Path, Any], fn_name: str, args: Any, kwargs: Mapping[str, Any] | None,
+          node_to_exclude: Filter = None, fn_if_not_exist: str = "raise", key: Key = None) -> _Plan:
+    """Check all that can be checked before the first method runs."""
+    args, kwargs = args if isinstance(args, tuple) else (args,), {} if kwargs is None else kwargs
+    _check_call(fn_name, kwargs, fn_if_not_exist, key)
     excluded = _predicate(node_to_exclude)
-    chosen = nodes if node_to_exclude is None else _chosen(nodes, lambda *at: not excluded(*at))
-    uses: dict[int, Any] = {}  # by function, kept alive, so that one look serves all its nodes
-    for path, node in chosen.items():
-        method = getattr(node, fn_name, _ABSENT)
+    if node_to_exclude is not None:
+        nodes = {path: node for path, node in nodes.items() if not excluded(path, node)}
+    levels: dict[float, list[Path]] = {}
+    keyed: set[Path] = set()
+    faults: dict[str, list[Path]] = {}
+    looks: dict[int, Any] = {}  # by function, kept alive, so that one look serves all its nodes
+    for path, node in nodes.items():
+        method = _method(node, fn_name)
         function = getattr(method, "__func__", method)
-        use = uses.get(id(function))
-        if use is None:
-            group, takes_key = _use(method, function, plan)
-            use = uses[id(function)] = groups.setdefault(group, []), takes_key, function
-        places, takes_key, _ = use
-        places.append(path)
+        if id(function) not in looks:
+            looks[id(function)] = *_look(method, args, kwargs, key), function
+        fault, level, takes_key, _ = looks[id(function)]
+        (levels if fault is None else faults).setdefault(fault or level, []).append(path)
         if takes_key:
-            plan.keyed.add(path)
-    absent = groups.pop(_ABSENT, []) if fn_if_not_exist != "raise" else []
-    for fault in groups:
-        if isinstance(fault, str):
-            raise (AttributeError if fault is _ABSENT else TypeError)(
-                f"{fn_name!r} {fault.format(_sites(nodes, groups[fault]))}")
-    if absent and fn_if_not_exist == "warn":
-        warnings.warn(f"{fn_name!r} {_ABSENT.format(_sites(nodes, absent))}", stacklevel=3)
-    return plan
+            keyed.add(path)
+    for fault, paths in faults.items():
+        text = fault.format(_sites(nodes, paths), fn_name)
+        if fault is not _MISSING:
+            raise TypeError(text)
+        if fn_if_not_exist == "raise":
+            raise AttributeError(text)
+        if fn_if_not_exist == "warn":
+            _warn(text)
+    steps = [path for level in sorted(levels) for path in levels[level]]
+    return _Plan(fn_name, args, kwargs, key, steps, keyed)
 
 
 _fold_in = jax.jit(lambda key, words: functools.reduce(jax.random.fold_in, words, key))
@@ -803,70 +967,93 @@ _fold_in = jax.jit(lambda key, words: functools.reduce(jax.random.fold_in, words
 
 def _node_key(key: Key, path: Path) -> Key:
     """The key of a node: a matter of its path alone, in every process, unlike `hash`."""
-    digest = hashlib.blake2b(repr(_rank(path)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr(_order(path)).encode(), digest_size=8).digest()
     return _fold_in(key, np.frombuffer(digest, "<u4").astype(np.uint32))
 
 
-def _run(plan: _Plan, nodes: Mapping[Path, Module], boxes: Mapping[Path, State]) -> Outputs:
-    """Run a plan on nodes, or on copies of them; `ValueError` if mapped axes of boxes change."""
-    fn_name, args, kwargs, key, steps, keyed = plan
-    outputs, mapped = {}, {path: (box.mapped, [*map(np.shape, jax.tree.leaves(box.value))])
-                           for path, box in boxes.items() if box.mapped}
-    for path in [path for level in sorted(steps) for path in steps[level]]:
+def _shapes(path: Path, box: State) -> dict[Path, tuple[int, ...]]:
+    return {leaf_path: np.shape(leaf) for leaf_path, leaf in _leaves(box.value, path)}
+
+
+def _run(plan: _Plan, graph: _Graph) -> Outputs:
+    """Run a plan on the modules of a graph; `ValueError` if mapped axes of its states change."""
+    outputs, before = {}, {path: (box.mapped, _shapes(path, box))
+                           for path, box in graph.states.items() if box.mapped}
+    for path in plan.steps:
+        node = graph.modules[path]
         try:
-            method = getattr(nodes[path], fn_name)
-            output = method(*args, **kwargs) if path not in keyed else method(
-                *args, **kwargs, key=_node_key(key, path))
+            key = {"key": _node_key(plan.key, path)} if path in plan.keyed else {}
+            output = getattr(node, plan.fn_name)(*plan.args, **plan.kwargs, **key)
         except Exception as error:
-            error.add_note(f"raised by {fn_name!r} of {_sites(nodes, [path])}")
+            with contextlib.suppress(Exception):  # a frozen exception, say, refuses notes
+                error.add_note(f"raised by {plan.fn_name!r} of {_site(path, node)}")
+                if isinstance(getattr(error, "obj", 0), (Module, type(None))):  # as of self.h.value
+                    error.add_note("was the model initialised, by init or init_all_states?")
             raise
         if output is not None:
             outputs[path] = output
-    if changed := [path for path, (axes, before) in mapped.items()
-                   for shape in map(np.shape, jax.tree.leaves(boxes[path].value))
-                   if len(shape) < min(map(len, before), default=0)
-                   or shape[:axes] not in [each[:axes] for each in before]]:
-        pure = {"init_state": "vmap_init", "reset_state": "vmap_reset"}.get(fn_name)
-        forms = f"{pure} or {pure}_all_states" if pure else "vmap_apply or vmap_call_all(_fns)"
-        raise ValueError(f"{fn_name!r} ran once for all members and changed the leading axes of "
-                         f"{_sites(boxes, changed)}; run it once per member, with {forms}")
+    changed = []
+    for path, (mark, old) in before.items():
+        for leaf_path, shape in _shapes(path, graph.states[path]).items():
+            was = old.get(leaf_path, next(iter(old.values()), shape)[:mark])
+            if len(shape) < len(was) or shape[:mark] != was[:mark]:
+                changed.append(_site(leaf_path, graph.states[path]))
+    if changed:
+        forms = {"init_state": "vmap_init", "reset_state": "vmap_reset"}
+        form = forms.get(plan.fn_name, "vmap_call_all")
+        raise ValueError(
+            f"{plan.fn_name!r} ran once for all members and changed the leading axes of "
+            f"{', '.join(changed)}; run it once per member, with {form} (or vmap_apply, or in "
+            f"place) and, for members of members, vmap(functools.partial({form}, module))")
     return outputs
-
-
-def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan) -> tuple[Outputs, Any, Any]:
-    """Run a plan on a copy: the outputs, the boxes before, and the boxes after, by path."""
-    root, nodes, before = _copied(graph, state)
-    outputs, after = _run(plan, nodes, before), _walk(root)
-    known = set(map(id, nodes.values()))
-    if created := [path for path, node in after.modules.items() if id(node) not in known]:
-        raise ValueError(f"{plan.fn_name!r} created modules, {_sites(after.modules, created)}; "
-                         "create modules in __init__, states in init_state")
-    return outputs, before, after.states
 
 
 # ---- Pure calls ----------------------------------------------------------------------------------
 
 
-def apply(module: Module, state: StateTree, *args: Any, method: str = "__call__",
+def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan,
+                 ) -> tuple[Outputs, dict[Path, State], dict[Path, State]]:
+    """Run a plan on a copy: the outputs, and the boxes before and after, by path."""
+    copied = _copied(graph, state)
+    outputs, after = _run(plan, copied), _walk(copied.root)
+    known = {id(thing) for things in copied[1:4] for thing in things.values()}
+    if created := [path for path, node in after.modules.items() if id(node) not in known]:
+        raise ValueError(f"{plan.fn_name!r} created modules, {_sites(after.modules, created)}; "
+                         "create modules in __init__, states in init_state")
+    firsts = {id(part): path for path, part in (after.states | after.containers).items()}
+    for alias, part in after.aliases.items():
+        first = firsts[id(part)]
+        if id(part) not in known and any(path[:len(first)] == first for path in after.states):
+            raise ValueError(f"{plan.fn_name!r} created a state with two names, {_dotted(first)!r} "
+                             f"and {_dotted(alias)!r}; share it in __init__")
+    return outputs, copied.states, after.states
+
+
+def _with_key(kwargs: Mapping[str, Any], key: Key) -> Mapping[str, Any]:
+    return kwargs if key is None else {**kwargs, "key": key}
+
+
+def apply(module: Module, state: StateTree, *args: Any, method: str = "__call__", key: Key = None,
           **kwargs: Any) -> tuple[Any, StateTree]:
     """Call one method of a module: ``(output, state)``, with a new tree.
 
-    Raises `ValueError` if the tree lacks a state of the module, or if the method creates modules
-    or changes the leading axes of a mapped state.
+    The method is given ``key``, if there is one, as ``key=``. Raises `ValueError` if the tree lacks
+    a state of the module, or if the method creates modules or changes the leading axes of a mapped
+    state.
 
     >>> class Counter(Module):
     ...     def update(self, by): self.count.value += by
     >>> apply(Counter(), StateTree({'count': State(jnp.array(0))}), 5)[1]['count'].item()
     5
     """
-    graph, plan = _walk(module), _plan({(): module}, method, args, kwargs)
+    graph, plan = _walk(module), _plan({(): module}, method, args, _with_key(kwargs, key))
     outputs, _, after = _run_on_copy(graph, state, plan)
-    return outputs.get(()), _tree_of(after)
+    return outputs.get(()), _tree_from_boxes(after)
 
 
-def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs: Kwargs = None, *,
-             node_to_exclude: Filter = None, fn_if_not_exist: str = "raise",
-             key: Key = None) -> tuple[Outputs, StateTree]:
+def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (),
+             kwargs: Mapping[str, Any] | None = None, *, node_to_exclude: Filter = None,
+             fn_if_not_exist: str = "raise", key: Key = None) -> tuple[Outputs, StateTree]:
     """Call a method on every node: ``(outputs, state)``, with a new tree.
 
     Outputs, by path in call order, lack those that are None. With ``key``, each node whose method
@@ -883,7 +1070,7 @@ def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs
     graph = _walk(module)
     plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
     outputs, _, after = _run_on_copy(graph, state, plan)
-    return outputs, _tree_of(after)
+    return outputs, _tree_from_boxes(after)
 
 
 def init(module: Any, *args: Any, node_to_exclude: Filter = None, key: Key = None,
@@ -912,100 +1099,239 @@ def reset(module: Any, state: StateTree, *args: Any, node_to_exclude: Filter = N
                     node_to_exclude=node_to_exclude, key=key)[1]
 
 
-# ---- Vmapped calls -------------------------------------------------------------------------------
+# ---- vmap and the vmapped calls ------------------------------------------------------------------
+#
+# `jax.vmap` knows arrays. Here the mapped states of a tree go in along their leading axis, with a
+# mark less, and the others beside it, as what all members share. A vmapped call does this around a
+# plain call and, since it knows which boxes that made, decides by box what `vmap` does by path.
 
 
-def _members(mapped: StateTree, size: Any = None) -> int:
-    """The number of members that an ``axis_size`` and the mapped states agree on."""
-    shapes = {path: np.shape(leaf)[:1] for path, leaf in _tree_leaves(mapped)}
-    if size is None:
-        size = next(itertools.chain.from_iterable(shapes.values()), None)
-    if odd := [f"{_dotted(path)!r} {shape}" for path, shape in shapes.items() if shape != (size,)]:
-        raise ValueError(f"axis_size {size} is at odds with the mapped axis of {', '.join(odd)}")
-    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"pass a positive int as axis_size, or mapped states; got {size!r}")
-    return int(size)
+def _is_tree(part: Any) -> bool:
+    return isinstance(part, StateTree)
 
 
 def _with_axes(state: StateTree, count: int) -> StateTree:
-    """The same values, said to have so many more mapped axes."""
-    return _tree({path: ((kind, tag, mapped + count), value)
-                  for path, ((kind, tag, mapped), value) in _rows(state).items()})
+    """The same values, said to have so many more mapped axes, as have trees in them."""
+    def add(part: Any) -> Any:
+        return _with_axes(part, count) if _is_tree(part) else part
+
+    return _tree_from_rows({
+        path: ((kind, tag, mapped + count), jax.tree.map(add, value, is_leaf=_is_tree))
+        for path, ((kind, tag, mapped), value) in _rows(state).items()})
 
 
-def _run_members(graph: _Graph, state: StateTree, plan: _Plan, axis_size: int | None, in_axes: Any,
-                 state_to_exclude: Filter = None, state_tag: Hashable = None) -> tuple[Any, Any]:
-    """Run a plan under one `jax.vmap`, on a copy that lives inside it: ``(outputs, state)``."""
-    excluded = _predicate(state_to_exclude)
-    mapped, shared = partition(state, lambda path, box: box.mapped and not excluded(path, box))
-    size = _members(mapped, axis_size)
-    keys = None if plan.key is None else jax.random.split(plan.key, size)
-    in_axes = tuple(in_axes) if isinstance(in_axes, list) else in_axes  # as jax.vmap takes them
-    output_paths: list[Path] = []
+def _sizes(mapped: StateTree) -> list[tuple[str, tuple[int, ...]]]:
+    return [(repr(_dotted(path)), np.shape(leaf)[:1]) for path, leaf in _tree_leaves(mapped)]
+
+
+def _apart(args: tuple[Any, ...], in_axes: Any) -> tuple[list[Any], ...]:
+    """The leaves of arguments, trees in two: what is mapped, with a mark less, and what is shared.
+
+    Then their axes, the names and sizes of what is mapped, and of each tree which states are.
+    """
+    axes: list[Any] = []
+    misfit = f"in_axes is an int or None, or a tuple or tree of these; {in_axes!r} does not fit "
+    with contextlib.suppress(TypeError, ValueError):  # then there are too few axes
+        jax.tree.map(lambda axis, part: axes.extend([axis] * len(jax.tree.leaves(part, _is_tree))),
+                     tuple(in_axes) if isinstance(in_axes, list) else in_axes, args,
+                     is_leaf=lambda part: part is None or _is_tree(part))
+    if len(axes) != len(leaves := jax.tree_util.tree_flatten_with_path(args, _is_tree)[0]):
+        raise TypeError(f"{misfit}the {len(args)} arguments, {_described(args)}")
+    parts, prefix, sizes, trees = [], [], [], []
+    for (keys, part), axis in zip(leaves, axes):
+        name, rank = f"args{jax.tree_util.keystr(keys)}", 0 if _is_tree(part) else np.ndim(part)
+        if axis is not None and (type(axis) is not int or not (
+                _is_tree(part) or -rank <= axis < rank)):
+            raise TypeError(f"{misfit}{name}, {_described(part)}")
+        if isinstance(part, StateTree):
+            mapped = {path: axis is not None and row[0][2] > 0 for path, row in _rows(part).items()}
+            own, rest = _split(part, [path for path in mapped if mapped[path]])
+            sizes += [(f"{path} of {name}", size) for path, size in _sizes(own)]
+            trees.append(mapped)
+            part, axis = (_with_axes(own, -1), rest), (0, None)
+        elif axis is not None:
+            sizes.append((name, (np.shape(part)[axis],)))
+        parts.append(part)
+        prefix.append(axis)
+    return parts, prefix, sizes, trees
+
+
+def _ensemble_size(size: Any, sizes: list[tuple[str, tuple[int, ...]]]) -> int:
+    """The number of members that an ``axis_size`` and all that is mapped agree on."""
+    size = size if size is not None or not sizes else next(iter(sizes[0][1]), None)
+    if odd := [f"{name} {shape}" for name, shape in sizes if shape != (size,)]:
+        raise ValueError(f"axis_size {size} is at odds with the mapped axis of {', '.join(odd)}")
+    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
+        raise ValueError("axis_size is a positive int, or None for the size of mapped states or "
+                         f"arguments; got {size!r}")
+    return int(size)
+
+
+def _map_members(run: Callable[..., Any], state: StateTree, args: tuple[Any, ...], in_axes: Any,
+                 axis_size: int | None, axis_name: Hashable, key: Key = None) -> Any:
+    """What ``run(trees, key, state, *args)`` returns per member, all states of ``state`` mapped.
+
+    ``trees`` are those that `_apart` tells of. Beside its result, ``run`` returns a function from
+    a tree in it to the paths of those states that are per member; members must share the others.
+    """
+    parts, prefix, sizes, trees = _apart(args, in_axes)
+    size = _ensemble_size(axis_size, _sizes(state) + sizes)
+    keys = None if key is None else jax.random.split(key, size)
     # A batching rule sees what is batched by the innermost vmap that batches any operand, and
     # `index` is batched by the one below.
     same_for_all = jax.custom_batching.custom_vmap(lambda index, common: common)
 
     @same_for_all.def_vmap
-    def check(size: int, batched: Any, index: Any, common: StateTree) -> tuple[StateTree, Any]:
-        if unlike := [path for path in common if any(jax.tree.leaves(batched[1][path]))]:
+    def check(size: int, batched: Any, index: Any, common: list[Any]) -> tuple[Any, Any]:
+        if unlike := [_site(path, tree.states()[path]) for tree, each in zip(common, batched[1])
+                      for path in tree or () if any(jax.tree.leaves(each[path]))]:
             raise ValueError(
-                f"shared states ended up different per member: {_sites(common.states(), unlike)}; "
-                "create them in init_state under a vmapped call, or make their values the same")
+                f"shared states ended up different per member: {', '.join(unlike)}; create them in "
+                "init_state under a vmapped call, or build the members with vmap; exclude them "
+                "(state_to_exclude); or make their values the same, as by jax.lax.pmean over "
+                "axis_name. A gradient per member may leave as a plain dict, flat_dict(gradient)")
         return common, batched[1]
 
-    def run_member(index: Any, key: Key, mapped: StateTree, args: Any) -> Any:
-        member_plan = plan._replace(args=args, key=key)
-        outputs, before, after = _run_on_copy(graph, mapped | shared, member_plan)
+    def run_member(index: Any, key: Key, state: StateTree, parts: list[Any]) -> Any:
+        whole = [part[0] | part[1] if isinstance(part, tuple) else part for part in parts]
+        structure = jax.tree.structure(args, is_leaf=_is_tree)
+        result, own = run(trees, key, state, *jax.tree.unflatten(structure, whole))
+        leaves, structure = jax.tree.flatten(result, is_leaf=_is_tree)
+        halves = [_split(leaf, own(leaf)) if _is_tree(leaf) else (leaf, None) for leaf in leaves]
+        common = same_for_all(index, [half[1] for half in halves])
+        return jax.tree.unflatten(structure, [half[0] for half in halves]), common
+
+    mapped = jax.vmap(run_member, in_axes=(0, 0, 0, prefix), out_axes=(0, None), axis_size=size,
+                      axis_name=axis_name)
+    result, common = mapped(jnp.arange(size), keys, _with_axes(state, -1), parts)
+    leaves, structure = jax.tree.flatten(result, is_leaf=_is_tree)
+    return jax.tree.unflatten(structure, [_with_axes(leaf, +1) | rest if _is_tree(leaf) else leaf
+                                          for leaf, rest in zip(leaves, common)])
+
+
+def _per_member(result: StateTree, arguments: list[dict[Path, bool]]) -> list[Path]:
+    """Which states of a result have one value for each member: those that were so, and new ones."""
+    own, unclear = [], []
+    for path in result:
+        said = {mapped[path] for mapped in arguments if path in mapped}
+        if len(said) > 1:  # then trees with just these states decide
+            said = {mapped[path] for mapped in arguments if mapped.keys() == result.keys()}
+            unclear += [path] if len(said) != 1 else []
+        own += [path] if said != {False} else []
+    if unclear:
+        raise ValueError(f"{_sites(result.states(), unclear)} of the result: mapped in one argument, "
+                         "shared in another; give the trees names of their own, as in "
+                         "StateTree({'actor': a, 'critic': c})")
+    return own
+
+
+def vmap(fn: Callable[..., Any], in_axes: Any = 0, *, axis_size: int | None = None,
+         axis_name: Hashable = None) -> Callable[..., Any]:
+    """`jax.vmap` that knows state trees: ``fn`` once per member.
+
+    Positional arguments are mapped by ``in_axes``, as in `jax.vmap`. Of a state tree, wherever it
+    stands in them, ``fn`` sees the mapped states of one member, with a mark less, and all of the
+    others (with ``in_axes`` None: all states as they are). What it returns leads with the new
+    axis, ``(size, *shape)``; in its trees, states that an argument had stay mapped or shared, and
+    new ones are mapped. Nests, and goes under every transformation. Raises `TypeError` for
+    ``in_axes`` that do not fit; `ValueError` for sizes that disagree or are not positive, for a
+    shared state that becomes one per member, and for a state that is mapped in one argument and
+    shared in another, unless just one of them has the same states as the result.
+
+    >>> class Dense(Module):
+    ...     def __init__(self, key): self.w = ParamState(jax.random.normal(key, (3, 2)))
+    >>> vmap(lambda key: snapshot(Dense(key)))(jax.random.split(jax.random.key(0), 10))
+    path  kind        value            mapped
+    w     ParamState  float32[10,3,2]  1
+    1 leaves, 60 numbers, 240 B
+    """
+    def run(trees: Any, key: None, state: StateTree, *args: Any) -> Any:
+        return fn(*args), lambda tree: _per_member(tree, trees)
+
+    @functools.wraps(fn)
+    def vmapped(*args: Any) -> Any:
+        return _map_members(run, _tree_from_rows({}), args, in_axes, axis_size, axis_name)
+
+    return vmapped
+
+
+def _no_arrays(output: Any) -> list[str]:
+    """The types of what is no array in the output of a method."""
+    leaves = [output] if isinstance(output, Iterator) else jax.tree.leaves(output)
+    return sorted({type(leaf).__name__ for leaf in leaves if not _is_array(leaf)})
+
+
+def _call_members(graph: _Graph, state: StateTree, plan: _Plan, key: Key, in_axes: Any,
+                  axis_size: int | None, axis_name: Hashable, state_to_exclude: Filter = None,
+                  state_tag: Hashable = None) -> tuple[Outputs, StateTree]:
+    """Run a plan once per member, with a key of its own: `vmap` that knows which boxes are new."""
+    excluded = _predicate(state_to_exclude)
+    own, rest = partition(state, lambda path, box: box.mapped and not excluded(path, box))
+    output_paths: list[Path] = []
+
+    def run(_: Any, key: Key, own: StateTree, *args: Any) -> Any:
+        kwargs = plan.kwargs if plan.key is not None else _with_key(plan.kwargs, key)
+        outputs, before, after = _run_on_copy(
+            graph, own | rest, plan._replace(args=args, key=key, kwargs=kwargs))
         outputs = {path: output for path, output in outputs.items()
                    if not isinstance(output, Module)}  # such as self, which cannot cross
+        if strays := [f"{_site(path, graph.modules[path])} returned {', '.join(kinds)}"
+                      for path, output in outputs.items() if (kinds := _no_arrays(output))]:
+            raise TypeError(f"{plan.fn_name!r} of {'; of '.join(strays)}, which cannot cross a "
+                            "vmapped call; return arrays, or pytrees of arrays")
         output_paths.extend(outputs)
-        is_mapped = {id(box): path in mapped for path, box in before.items()}
-        own: dict[Path, State] = {}
-        common: dict[Path, State] = {}
+        was_mapped = {id(box): path in own for path, box in before.items()}
+        groups: Any = {}, {}, {}  # per member; shared by all; the first member's, for all
         for path, box in after.items():
-            if id(box) not in is_mapped and box.tag is None:
-                box.tag = state_tag
-            (own if is_mapped.get(id(box), not excluded(path, box)) else common)[path] = box
-        return list(outputs.values()), _tree_of(own), same_for_all(index, _tree_of(common))
+            if id(box) in was_mapped:
+                groups[0 if was_mapped[id(box)] else 1][path] = box
+            else:
+                box.tag = state_tag if box.tag is None else box.tag
+                groups[2 if excluded(path, box) else 0][path] = box
+        mine, common, first = map(_tree_from_boxes, groups)
+        result = [*outputs.values()], mine, common, first
+        return result, lambda tree: () if tree is common else tree
 
-    run_members = jax.vmap(run_member, in_axes=(0, 0, 0, in_axes), out_axes=(0, 0, None))
-    outputs, own, common = run_members(jnp.arange(size), keys, _with_axes(mapped, -1), plan.args)
-    return dict(zip(output_paths, outputs)), _with_axes(own, +1) | common
+    outputs, mine, common, first = _map_members(
+        run, own, plan.args, in_axes, axis_size, axis_name, key)
+    return dict(zip(output_paths, outputs)), mine | common | member(first, 0)
 
 
 def vmap_apply(module: Module, state: StateTree, *args: Any, in_axes: Any = 0,
-               axis_size: int | None = None, method: str = "__call__",
-               **kwargs: Any) -> tuple[Any, StateTree]:
+               axis_size: int | None = None, axis_name: Hashable = None, method: str = "__call__",
+               key: Key = None, **kwargs: Any) -> tuple[Any, StateTree]:
     """Call one method of a module once per member: ``(outputs, state)``, with a new tree.
 
-    Positional arguments are mapped by ``in_axes``, as in `jax.vmap`; keyword arguments are shared.
-    Outputs are ``(axis_size, *shape)``. Raises what `vmap_call_all` raises.
+    Positional arguments are mapped by ``in_axes``, as in `jax.vmap`; keyword arguments are shared;
+    member ``i`` is given ``jax.random.split(key, axis_size)[i]`` as ``key=``. Outputs are
+    ``(axis_size, *shape)``. Raises what `vmap_call_all` raises.
 
     >>> class Square(Module):
     ...     def update(self, x): return x ** 2
-    >>> vmap_apply(Square(), StateTree({}), jnp.arange(3), axis_size=3)[0]
+    >>> vmap_apply(Square(), StateTree({}), jnp.arange(3))[0]
     Array([0, 1, 4], dtype=int32)
     """
-    graph, plan = _walk(module), _plan({(): module}, method, args, kwargs)
-    outputs, state = _run_members(graph, state, plan, axis_size, in_axes)
+    _check_call(method, kwargs, "raise", key)
+    graph, plan = _walk(module), _plan({(): module}, method, args, _with_key(kwargs, key))
+    outputs, state = _call_members(graph, state, plan, key, in_axes, axis_size, axis_name)
     return outputs.get(()), state
 
 
 def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (),
-                  kwargs: Kwargs = None, *, axis_size: int | None = None, in_axes: Any = None,
-                  node_to_exclude: Filter = None, state_to_exclude: Filter = None,
-                  state_tag: Hashable = None, fn_if_not_exist: str = "raise",
-                  key: Key = None) -> tuple[Outputs, StateTree]:
+                  kwargs: Mapping[str, Any] | None = None, *, axis_size: int | None = None,
+                  axis_name: Hashable = None, in_axes: Any = None, node_to_exclude: Filter = None,
+                  state_to_exclude: Filter = None, state_tag: Hashable = None,
+                  fn_if_not_exist: str = "raise", key: Key = None) -> tuple[Outputs, StateTree]:
     """Call a method on every node, once per member: ``(outputs, state)``, with a new tree.
 
     Mapped states are seen one member at a time; the others, and those that match
     ``state_to_exclude``, are shared by all. A state created during the call gains an axis of
-    ``axis_size``, by default that of the mapped states, and the tag ``state_tag`` if it has none.
-    ``in_axes`` maps ``args``, by default shared. Member ``i`` sees the key
-    ``jax.random.split(key, axis_size)[i]``. Outputs are ``(axis_size, *shape)``. Raises what
-    `call_all` raises, and `ValueError` for an ``axis_size`` that is no positive integer or at odds
-    with a mapped state, and for a shared state that becomes one per member.
+    ``axis_size``, by default that of the mapped states or arguments, and the tag ``state_tag`` if
+    it has none; if it matches ``state_to_exclude``, all share the value of the first member.
+    ``in_axes`` maps ``args``, by default shared; ``axis_name`` names the axis, as for
+    `jax.lax.pmean`. Member ``i`` sees the key ``jax.random.split(key, axis_size)[i]``. Outputs are
+    ``(axis_size, *shape)``. Raises what `call_all` and `vmap` raise, and `TypeError` for outputs
+    that are no arrays.
 
     >>> class Die(Module):
     ...     def roll(self, key): return jax.random.randint(key, (2,), 1, 7)
@@ -1014,37 +1340,62 @@ def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (),
     """
     graph = _walk(module)
     plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
-    return _run_members(graph, state, plan, axis_size, in_axes, state_to_exclude, state_tag)
+    return _call_members(graph, state, plan, key, in_axes, axis_size, axis_name, state_to_exclude,
+                         state_tag)
 
 
-def vmap_init(module: Any, *args: Any, axis_size: int | None, in_axes: Any = None,
-              node_to_exclude: Filter = None, state_to_exclude: Filter = None,
+def vmap_init(module: Any, *args: Any, axis_size: int | None = None, axis_name: Hashable = None,
+              in_axes: Any = None, node_to_exclude: Filter = None, state_to_exclude: Filter = None,
               state_tag: Hashable = None, key: Key = None, **kwargs: Any) -> StateTree:
     """`init` per member: what ``init_state`` creates is ``(axis_size, *shape)``, the rest shared.
+
+    Warns (`UserWarning`) if no state is mapped then; `vmap` builds members from a constructor.
 
     >>> class Cell(Module):
     ...     def init_state(self, key): self.h = HiddenState(jax.random.normal(key, (3,)))
     >>> vmap_init(Cell(), axis_size=4, key=jax.random.key(0))['h'].shape
     (4, 3)
     """
-    return vmap_call_all(module, snapshot(module), "init_state", args, kwargs, axis_size=axis_size,
-                         in_axes=in_axes, node_to_exclude=node_to_exclude, key=key,
-                         state_to_exclude=state_to_exclude, state_tag=state_tag)[1]
+    _, state = vmap_call_all(
+        module, snapshot(module), "init_state", args, kwargs, axis_size=axis_size,
+        axis_name=axis_name, in_axes=in_axes, node_to_exclude=node_to_exclude,
+        state_to_exclude=state_to_exclude, state_tag=state_tag, key=key)
+    if not any(mapped for _, _, mapped in state._static.entries):
+        _warn("no state is mapped, so all members are one; create states in init_state, or build "
+              "independent members: vmap(lambda key: init(Model(key), key=key))"
+              "(jax.random.split(key, axis_size))")
+    return state
 
 
 def vmap_reset(module: Any, state: StateTree, *args: Any, axis_size: int | None = None,
-               in_axes: Any = None, node_to_exclude: Filter = None, state_to_exclude: Filter = None,
-               state_tag: Hashable = None, key: Key = None, **kwargs: Any) -> StateTree:
+               axis_name: Hashable = None, in_axes: Any = None, node_to_exclude: Filter = None,
+               state_to_exclude: Filter = None, state_tag: Hashable = None, key: Key = None,
+               **kwargs: Any) -> StateTree:
     """`reset` of every member, each of which sees the shapes of a single model.
+
+    Outside ``jit``, what was spread over devices goes back to the sharding that it had.
 
     >>> class Cell(Module):
     ...     def reset_state(self): self.h.value = jnp.zeros(3)
     >>> vmap_reset(Cell(), stack(StateTree({'h': HiddenState(jnp.ones(3))})))['h'].shape
     (1, 3)
     """
-    return vmap_call_all(module, state, "reset_state", args, kwargs, axis_size=axis_size,
-                         in_axes=in_axes, node_to_exclude=node_to_exclude, key=key,
-                         state_to_exclude=state_to_exclude, state_tag=state_tag)[1]
+    _, new = vmap_call_all(
+        module, state, "reset_state", args, kwargs, axis_size=axis_size, axis_name=axis_name,
+        in_axes=in_axes, node_to_exclude=node_to_exclude, state_to_exclude=state_to_exclude,
+        state_tag=state_tag, key=key)
+    old = dict(_tree_leaves(state))
+    leaves = [_placed(leaf, old.get(path)) for path, leaf in _tree_leaves(new)]
+    return _tree_from_rows(_rows(jax.tree.unflatten(jax.tree.structure(new), leaves)))
+
+
+def _placed(leaf: Any, old: Any) -> Any:
+    """A leaf; if it left several devices for a single one, with the sharding that it had."""
+    here, there = (getattr(each, "sharding", None) for each in (leaf, old))
+    if leaf is old or here is None or there is None or leaf.shape != old.shape:  # traced: no sharding
+        return leaf
+    spread = len(there.device_set) > len(here.device_set) == 1
+    return jax.device_put(leaf, there) if spread else leaf
 
 
 def stack(*states: StateTree) -> StateTree:
@@ -1070,9 +1421,9 @@ def member(state: StateTree, i: Any) -> StateTree:
     if np.ndim(i) or not jnp.issubdtype(getattr(i, "dtype", type(i)), np.integer):
         raise TypeError(f"a member is chosen by one integer; got {_described(i)}")
     mapped, shared = partition(state, lambda path, box: box.mapped)
-    if not isinstance(i, jax.Array) and jax.tree.leaves(mapped):
-        if not -(size := _members(mapped)) <= i < size:
-            raise IndexError(f"member {i} of {size}")
+    for leaf in () if isinstance(i, jax.Array) else jax.tree.leaves(mapped):
+        if not -len(leaf) <= i < len(leaf):
+            raise IndexError(f"member {i} of {len(leaf)}")
     return _with_axes(jax.tree.map(lambda leaf: jnp.asarray(leaf)[i], mapped), -1) | shared
 
 
@@ -1087,36 +1438,51 @@ class Assigned(NamedTuple):
     missing: list[Path]  # paths of states, or of leaves where only part of a state was given
 
 
-def _flattened(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+def _given(value: Any, path: Path) -> list[tuple[Path, Any]]:
     """The leaves of nested mappings, boxes and pytrees, with their paths."""
+    value = value.value if isinstance(value, State) else value
     if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _flattened(part, path + _path(key))
-    else:
-        value = value.value if isinstance(value, State) else value
-        yield from _leaves(value, path, is_leaf=lambda part: part is None)
+        return [leaf for key, part in value.items() for leaf in _given(part, path + _as_path(key))]
+    return [(path, value)] if value is None else _leaves(value, path)
+
+
+def _fits(new: Any, old: Any) -> bool:
+    """Whether an array has the shape of a leaf, and loses nothing of note by a cast to its dtype."""
+    def rank(dtype: Any) -> int:
+        kinds = (np.bool_, np.integer, np.floating, np.complexfloating)  # each fits the later ones
+        return next((i for i, kind in enumerate(kinds) if jnp.issubdtype(dtype, kind)), 4)
+
+    if new.shape != old.shape or new.dtype == old.dtype:
+        return bool(new.shape == old.shape)
+    if rank(new.dtype) != 1 or rank(old.dtype) in (0, 4):
+        return rank(new.dtype) <= rank(old.dtype) < 4
+    info: Any = {1: jnp.iinfo, 2: jnp.finfo, 3: jnp.finfo}
+    number, limits = int if rank(old.dtype) == 1 else float, info[rank(old.dtype)](old.dtype)
+    low, high, ints = number(limits.min), number(limits.max), info[1](new.dtype)
+    if low <= ints.min and ints.max <= high:
+        return True
+    with contextlib.suppress(jax.errors.TracerArrayConversionError):  # while tracing, none can tell
+        all_of_them = np.asarray(new)
+        return not new.size or low <= int(all_of_them.min()) and int(all_of_them.max()) <= high
+    return False
 
 
 def _fitted(new: Any, old: Any) -> Any:
-    """A value with the dtype, shape and sharding of a leaf; None if it does not fit."""
-    def kind(dtype: Any) -> int:  # casts to a later kind lose nothing of note
-        kinds = (np.bool_, np.integer, np.floating, np.complexfloating)
-        return next((i for i, each in enumerate(kinds) if jnp.issubdtype(dtype, each)), 4)
-
+    """A value with the dtype of a leaf and, if on a device, its sharding; None if it does not fit."""
     if _is_key(old) and not _is_key(new):
-        data, impl = _fitted(new, jax.random.key_data(old)), jax.random.key_impl(old)
-        return data if data is None else jax.random.wrap_key_data(data, impl=impl)
+        data = _fitted(new, jax.random.key_data(old))
+        return data if data is None else jax.random.wrap_key_data(data, impl=jax.random.key_impl(old))
     if not isinstance(new, jax.Array):
         new = np.asarray(new)
-        if new.dtype.type is np.void and new.dtype.itemsize == old.dtype.itemsize:
-            new = new.view(old.dtype)  # what npz gives back for bfloat16
-    fits = new.dtype == old.dtype or kind(new.dtype) <= kind(old.dtype) < 4
-    if new.shape != old.shape or not fits:
+        if new.dtype == f"V{old.dtype.itemsize}" and old.dtype.isbuiltin != 1:
+            new = new.view(old.dtype)  # what npz makes of bfloat16, which it has no name for
+    if not _fits(new, old):
         return None
-    new = jnp.array(new, old.dtype, copy=not isinstance(new, jax.Array))
-    sharding = getattr(old, "sharding", None)  # a traced array has none
-    stays = sharding is None or getattr(new, "sharding", None) == sharding
-    return new if stays else jax.device_put(new, sharding)
+    if not isinstance(new, jax.Array):
+        return np.array(new, old.dtype)  # a copy, whose memory JAX may go on using
+    new = jnp.asarray(new, old.dtype) if new.dtype != old.dtype or new.weak_type else new
+    here, there = getattr(new, "sharding", None), getattr(old, "sharding", None)
+    return new if None in (here, there) or here == there else jax.device_put(new, there)
 
 
 def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
@@ -1124,53 +1490,53 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
 
     A snapshot is a state tree, or a mapping from paths or dotted names to values, leaves or nested
     dicts: all reach the leaf that has the dotted name. Later snapshots win. Each leaf keeps the
-    dtype, shape and sharding that it had. Raises one `ValueError` that lists every leaf of another
-    shape, of a kind that does not fit (float into int, complex into float) or that is no array;
-    `ValueError` for a dotted name that several leaves share; `TypeError` for what is no mapping.
+    dtype, shape and sharding that it had. ``unexpected`` has keys as they were written, or paths
+    of extra leaves of a state; ``missing`` has paths of states, or of leaves of a state that was
+    given in part; the result is a named tuple. Raises one `ValueError` that lists every leaf of
+    another shape, of a kind or with an integer that does not fit (float into int, 200 into int8),
+    or that is no array; `TypeError` for what is no mapping.
 
     >>> tree = StateTree({'W': ParamState({'bias': 0., 'weight': 1.})})
     >>> tree, unexpected, missing = assign(tree, {'W.bias': np.float64(2), 'V': np.ones(2)})
     >>> tree['W']['bias'].item(), unexpected, missing
     (2.0, ['V'], [('W', 'weight')])
     """
-    leaves, new = _tree_leaves(state), {}
-    old = dict(leaves)
+    leaves = _tree_leaves(state)
+    old, paths = dict(leaves), {_dotted(path): path for path, _ in leaves}
+    new: dict[Path, Any] = {}
     unexpected: list[Any] = []
-    paths = _found(path for path, _ in leaves)
     for each in snapshots:
         if not isinstance(each, Mapping):
             raise TypeError(f"a snapshot is a mapping; got {type(each).__name__}")
         for key, value in each.items():
-            found, extra = {}, []
-            for path, leaf in _flattened(value, _path(key)):
-                named = paths.get(path if isinstance(key, tuple) and path in old else _dotted(path))
-                if named and len(named) > 1:
-                    raise ValueError(f"{_dotted(path)!r} names several leaves: {named}; "
-                                     "use a tuple path as the key")
-                if named:
-                    found[named[0]] = leaf
-                elif leaf is not None:  # which may also be an empty part of a state
-                    extra.append(path)
+            given = _given(value, _as_path(key))
+            found = {paths[name]: leaf for path, leaf in given if (name := _dotted(path)) in paths}
+            extra = [path for path, leaf in given if _dotted(path) not in paths and leaf is not None]
             new.update(found)
             unexpected += extra if found else [key] if extra or key not in state else []
     fitted = {path: _fitted(leaf, old[path]) for path, leaf in new.items()}
     if unfit := [f"{_dotted(path)!r} expected {_described(old[path])}, got {_described(new[path])}"
                  for path in _in_order(fitted) if fitted[path] is None]:
         raise ValueError(f"nothing was assigned, since values do not fit: {'; '.join(unfit)}")
+    host = {path: leaf for path, leaf in fitted.items() if isinstance(leaf, np.ndarray)}
+    shardings = [getattr(old[path], "sharding", None) for path in host]
+    free = {jax.local_devices()[0]}  # what was on the first device alone may follow other arrays
+    fitted |= zip(host, jax.device_put([*host.values()], [
+        None if each is None or each.device_set == free else each for each in shardings]))
     missing: list[Path] = []
     for path, (_, value) in _rows(state).items():
         within = [leaf_path for leaf_path, _ in _leaves(value, path)]
         lost = [leaf_path for leaf_path in within if leaf_path not in fitted]
         missing += [path] if lost and lost == within else lost
-    assigned = jax.tree.unflatten(jax.tree.structure(state),
-                                  [fitted.get(path, leaf) for path, leaf in leaves])
-    return Assigned(assigned, _in_order(dict.fromkeys(unexpected)), _in_order(missing))
+    leaves = [fitted.get(path, leaf) for path, leaf in leaves]
+    loaded = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    return Assigned(loaded, _in_order({*unexpected}), _in_order(missing))
 
 
 # ---- In place: the documented API ----------------------------------------------------------------
 
 
-def call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None,
+def call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Mapping[str, Any] | None = None,
                  node_to_exclude: Filter = None, fn_if_not_exist: str = "raise", *,
                  key: Key = None) -> T:
     """`call_all` in place: the methods run on the modules themselves. Returns the target.
@@ -1183,14 +1549,15 @@ def call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None,
     graph = _walk(target)
     plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
     with _all_or_nothing(graph):
-        _run(plan, graph.modules, graph.states)
+        _run(plan, graph)
     return target
 
 
-def vmap_call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None,
+def vmap_call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Mapping[str, Any] | None = None,
                       axis_size: int | None = None, node_to_exclude: Filter = None,
                       state_tag: Hashable = None, fn_if_not_exist: str = "raise", *,
-                      in_axes: Any = None, state_to_exclude: Filter = None, key: Key = None) -> T:
+                      in_axes: Any = None, axis_name: Hashable = None,
+                      state_to_exclude: Filter = None, key: Key = None) -> T:
     """`vmap_call_all` whose states, and nothing else, are written into the target.
 
     States that a method drops stay.
@@ -1198,20 +1565,22 @@ def vmap_call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = 
     >>> class Cell(Module):
     ...     def start(self, key): self.h = HiddenState(jax.random.normal(key, (3,)))
     >>> vmap_call_all_fns(Cell(), 'start', axis_size=4, key=jax.random.key(0)).h
-    HiddenState(float32[4,3])
+    HiddenState(float32[4,3], mapped=1)
     """
     return restore(target, vmap_call_all(
-        target, snapshot(target), fn_name, args, kwargs, axis_size=axis_size, in_axes=in_axes,
-        node_to_exclude=node_to_exclude, state_to_exclude=state_to_exclude, state_tag=state_tag,
-        fn_if_not_exist=fn_if_not_exist, key=key)[1])
+        target, snapshot(target), fn_name, args, kwargs, axis_size=axis_size, axis_name=axis_name,
+        in_axes=in_axes, node_to_exclude=node_to_exclude, state_to_exclude=state_to_exclude,
+        state_tag=state_tag, fn_if_not_exist=fn_if_not_exist, key=key)[1])
 
 
 def init_all_states(target: T, *args: Any, node_to_exclude: Filter = None, key: Key = None,
                     **kwargs: Any) -> T:
     """`init` in place. Returns the target.
 
-    >>> init_all_states([Module()])
-    [Module]
+    >>> class Cell(Module):
+    ...     def init_state(self, size): self.h = HiddenState(jnp.zeros(size))
+    >>> init_all_states(Cell(), 3).h
+    HiddenState(float32[3])
     """
     return call_all_fns(target, "init_state", args, kwargs, node_to_exclude, key=key)
 
@@ -1220,8 +1589,10 @@ def reset_all_states(target: T, *args: Any, node_to_exclude: Filter = None, key:
                      **kwargs: Any) -> T:
     """`reset` in place. Returns the target.
 
-    >>> reset_all_states([Module()])
-    [Module]
+    >>> class Cell(Module):
+    ...     def reset_state(self): self.h = HiddenState(jnp.zeros(2))
+    >>> reset_all_states(Cell()).h
+    HiddenState(float32[2])
     """
     return call_all_fns(target, "reset_state", args, kwargs, node_to_exclude, key=key)
 
@@ -1231,11 +1602,14 @@ def vmap_init_all_states(target: T, *args: Any, axis_size: int | None = None,
                          state_tag: Hashable = None, key: Key = None, **kwargs: Any) -> T:
     """`vmap_init` in place. Returns the target.
 
-    >>> vmap_init_all_states([Module()], axis_size=4)
-    [Module]
+    >>> class Cell(Module):
+    ...     def init_state(self): self.h = HiddenState(jnp.zeros(3))
+    >>> vmap_init_all_states(Cell(), axis_size=4).h
+    HiddenState(float32[4,3], mapped=1)
     """
-    return vmap_call_all_fns(target, "init_state", args, kwargs, axis_size, node_to_exclude,
-                             state_tag, state_to_exclude=state_to_exclude, key=key)
+    return restore(target, vmap_init(
+        target, *args, axis_size=axis_size, node_to_exclude=node_to_exclude,
+        state_to_exclude=state_to_exclude, state_tag=state_tag, key=key, **kwargs))
 
 
 def vmap_reset_all_states(target: T, *args: Any, axis_size: int | None = None,
@@ -1243,11 +1617,14 @@ def vmap_reset_all_states(target: T, *args: Any, axis_size: int | None = None,
                           state_tag: Hashable = None, key: Key = None, **kwargs: Any) -> T:
     """`vmap_reset` in place. Returns the target.
 
-    >>> vmap_reset_all_states([Module()], axis_size=4)
-    [Module]
+    >>> class Cell(Module):
+    ...     def reset_state(self): self.h = HiddenState(jnp.zeros(2))
+    >>> vmap_reset_all_states(Cell(), axis_size=4).h
+    HiddenState(float32[4,2], mapped=1)
     """
-    return vmap_call_all_fns(target, "reset_state", args, kwargs, axis_size, node_to_exclude,
-                             state_tag, state_to_exclude=state_to_exclude, key=key)
+    return restore(target, vmap_reset(
+        target, snapshot(target), *args, axis_size=axis_size, node_to_exclude=node_to_exclude,
+        state_to_exclude=state_to_exclude, state_tag=state_tag, key=key, **kwargs))
 
 
 def assign_state_values(target: Any, *state_by_abs_path: Mapping[Any, Any],
@@ -1266,30 +1643,58 @@ def assign_state_values(target: Any, *state_by_abs_path: Mapping[Any, Any],
 # ---- The demonstration: python -m collective -----------------------------------------------------
 
 
-class _Cell(Module):
-    def init_state(self, key: Key) -> None:
-        self.h = HiddenState(jax.random.normal(key, (3,)))
-
-    def reset_state(self) -> None:
-        self.h.value = jnp.zeros(3)
-
-    def update(self, x: jax.Array) -> None:
-        self.h.value += 0.5 * (jnp.tanh(x * self.h.value) - self.h.value)
-
-
 def _demonstrate() -> None:
-    cells = [_Cell()]
-    state = vmap_init(cells, axis_size=4, key=jax.random.key(0))
-    print(f"vmap_init: four members, each with a hidden state of its own\n{state}")
-    step = lambda state, x: (vmap_call_all(cells, state, "update", x)[1], None)  # noqa: E731
-    after, _ = jax.jit(functools.partial(jax.lax.scan, step))(state, jnp.ones((20, 3)))
-    print(f"rollout: 20 steps in one jitted scan, h[0] {state['0.h'][0]} -> {after['0.h'][0]}")
-    state = vmap_reset(cells, after)
-    print(f"vmap_reset: h[0] {state['0.h'][0]}, all of shape {state['0.h'].shape} as before")
-    np.savez(file := io.BytesIO(), **flat_dict(after))
-    state, unexpected, missing = assign(state, np.load(io.BytesIO(file.getvalue())))
-    print(f"assign from npz: h[0] {state['0.h'][0]}, {unexpected=}, {missing=}")
-    print(f"restore: member 2 alone in the module\n{restore(cells, member(state, 2))[0]}")
+    """Run these lines, as a person would type them.
+
+    >>> class Cell(Module):
+    ...     def init_state(self, *, key):                   # what it creates is one per member
+    ...         self.w = ParamState(0.5 * jax.random.normal(key, (8, 9)))
+    ...         self.h = HiddenState(jnp.zeros(8))
+    ...     def reset_state(self):                          # written for a single model
+    ...         self.h.value = jnp.zeros(8)
+    ...     def update(self, x):
+    ...         self.h.value = jnp.tanh(self.w.value @ jnp.append(self.h.value, x))
+    ...         return self.h.value[0]
+    >>> model, wave = Cell(), jnp.sin(jnp.arange(40) / 3)
+    >>> state = vmap_init(model, axis_size=3, key=jax.random.key(0))
+    >>> params, rest = partition(state, ParamState)
+    >>> params
+    path  kind        value           mapped
+    w     ParamState  float32[3,8,9]  1
+    1 leaves, 216 numbers, 864 B
+    >>> def losses(params):                                 # of each member, to foretell the wave
+    ...     step = lambda state, x: vmap_apply(model, state, x, in_axes=None)[::-1]
+    ...     _, outputs = jax.lax.scan(step, params | rest, wave[:-1])
+    ...     return jnp.mean((outputs - wave[1:, None]) ** 2, axis=0)
+    >>> def descend(params, _):
+    ...     slopes = jax.grad(lambda params: losses(params).sum())(params)
+    ...     return jax.tree.map(lambda p, slope: p - 0.1 * slope, params, slopes), losses(params)
+    >>> params, history = jax.jit(lambda p: jax.lax.scan(descend, p, length=200))(params)
+    >>> history[0], history[-1]                             # before and after
+    (Array([...], dtype=float32), Array([...], dtype=float32))
+    >>> _, state = vmap_apply(model, params | rest, jnp.ones(3))
+    >>> state = where(jnp.array([True, False, True]), vmap_reset(model, state), state)
+    >>> jnp.abs(state['h']).max(axis=1) > 0                 # whose episode goes on
+    Array([False,  True, False], dtype=bool)
+    >>> saved = flat_dict(state)                            # {'h': ..., 'w': ...}, for np.savez
+    >>> assign(state, {'w': saved['w'][0]})
+    Traceback (most recent call last):
+    ValueError: nothing was assigned, since values do not fit: 'w' expected float32[3,8,9], got ...
+    >>> state, unexpected, missing = assign(vmap_init(model, axis_size=3, key=jax.random.key(1)), saved)
+    >>> unexpected, missing, bool((state['w'] == saved['w']).all())
+    ([], [], True)
+    """
+    import doctest
+
+    names = dict(globals())
+    np.set_printoptions(precision=3)
+    for example in doctest.DocTestParser().get_examples(_demonstrate.__doc__ or ""):
+        print(">>> " + example.source.rstrip().replace("\n", "\n... "))
+        try:
+            exec(compile(example.source, "<demonstration>", "single"), names)
+        except ValueError as error:
+            print(f"ValueError: {error}")
+    print(f"\njax {jax.__version__}. Read on: help(collective), README.md")
 
 
 if __name__ == "__main__":
