@@ -339,7 +339,7 @@ class _Graph(NamedTuple):
     modules: dict[Path, Module]  # children before parents
     containers: dict[Path, Any]  # lists and dicts, for tuples cannot change
     states: dict[Path, State]
-    aliases: dict[Path, Any]  # states, lists and dicts once more, under their further paths
+    aliases: dict[Path, Path]  # further paths of states and containers, with the first
 
 
 def _walk(root: Any) -> _Graph:
@@ -349,7 +349,8 @@ def _walk(root: Any) -> _Graph:
     if strays := sorted({type(each).__name__ for each in targets
                          if _ROLES[type(each)] in (None, State, types.MethodType)}):
         raise TypeError(f"expected a module, or a list, tuple or dict of modules; got {strays}")
-    graph, odd, roles, seen = _Graph(root, {}, {}, {}, {}), [], _ROLES, {id(root)}
+    graph, odd, roles = _Graph(root, {}, {}, {}, {}), [], _ROLES
+    seen: dict[int, Path] = {id(root): ()}
     stack: list[tuple[Path, Any, Iterator[Any]]] = [((), root, iter(_inside(root).items()))]
     while stack:
         path, holder, parts = stack[-1]
@@ -359,15 +360,14 @@ def _walk(root: Any) -> _Graph:
                 continue
             if type(name) is not str and type(name) is not int and not _is_step(name):
                 odd.append(path + (name,))
-            if id(part) in seen:
-                if role is not Module and role is not tuple:
-                    graph.aliases[path + (name,)] = part
-                continue
-            seen.add(id(part))
-            if role is State:
-                graph.states[path + (name,)] = part
+            here = path + (name,)
+            if (first := seen.setdefault(id(part), here)) is not here:
+                if role is not Module:
+                    graph.aliases[here] = first
+            elif role is State:
+                graph.states[here] = part
             else:
-                stack.append((path + (name,), part, iter(_inside(part).items())))
+                stack.append((here, part, iter(_inside(part).items())))
                 break
         else:
             stack.pop()
@@ -418,10 +418,16 @@ _statics_lock = threading.RLock()  # or two threads could make two of the same
 
 
 def _static(paths: tuple[Path, ...], entries: tuple[_Entry, ...]) -> _Static:
-    tags = [(type(tag), repr(tag)) for _, tag, _ in entries if tag is not None]  # 1 equals True
-    contents = paths, entries, tuple(tags)
+    contents = paths, entries, tuple([_typed(tag) for _, tag, _ in entries if tag is not None])
     with _statics_lock:
         return _statics.get(contents) or _statics.setdefault(contents, _Static(paths, entries))
+
+
+def _typed(tag: Any) -> Any:
+    """A tag with its types, since 1, True and 1.0 are equal."""
+    if isinstance(tag, (tuple, frozenset)):
+        return type(tag), (tuple if isinstance(tag, tuple) else frozenset)(map(_typed, tag))
+    return type(tag), tag
 
 
 def _owned(value: Any) -> Any:
@@ -589,11 +595,13 @@ with contextlib.suppress(ImportError, AttributeError, ValueError):  # jax < 0.4.
 
 
 def _no_state(state: StateTree, path: Path) -> KeyError:
-    name = _dotted(path)
-    names = {_dotted(each[:end]) for each in state for end in range(1, len(each) + 1)}
-    return KeyError(f"no state {name!r}; " + (
-        f"subtree(tree, {name!r}) has those below it" if name in names and path not in state else
-        f"the closest are {difflib.get_close_matches(name, sorted(names), cutoff=0)}"))
+    name, names = _dotted(path), [*map(_dotted, state)]
+    if path in state:
+        return KeyError(f"no states below {name!r}, which is a state: tree[{name!r}]")
+    if any(each.startswith(f"{name}.") for each in names):
+        return KeyError(f"no state {name!r}; subtree(tree, {name!r}) has those below it")
+    near = sorted(names, key=lambda each: abs(len(each) - len(name)))[:100]
+    return KeyError(f"no state {name!r}; the closest are {difflib.get_close_matches(name, near, cutoff=0)}")
 
 
 def _tree_leaves(state: StateTree) -> list[tuple[Path, Any]]:
@@ -626,11 +634,11 @@ def subtree(state: StateTree, path: Path | str) -> StateTree:
     >>> list(subtree(StateTree({'encoder.0.w': ParamState(1.), 'out': ParamState(2.)}), 'encoder'))
     [(0, 'w')]
     """
-    start = _as_path(path)
-    below = {full[len(start):]: row for full, row in _rows(state).items()
-             if full[:len(start)] == start and full != start}
+    name = _dotted(_as_path(path))
+    below = {full[end:]: row for full, row in _rows(state).items()
+             for end in range(1, len(full)) if _dotted(full[:end]) == name}
     if not below:
-        raise _no_state(state, start)
+        raise _no_state(state, _as_path(path))
     return _tree_from_rows(below)
 
 
@@ -680,7 +688,7 @@ def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
                          "both trees, or take the state from one of them with partition")
     masks = functools.cache(lambda rank: jnp.expand_dims(mask, tuple(range(mask.ndim, rank))))
     chosen = jax.tree.map(lambda fresh, leaf: leaf if leaf is fresh else jnp.where(
-        masks(np.ndim(leaf)), fresh, leaf), new, old)
+        masks(np.ndim(leaf)), _owned(fresh), _owned(leaf)), new, old)
     return _tree_from_rows(_rows(chosen))
 
 
@@ -701,22 +709,27 @@ def _refill(holder: Any, parts: dict[Any, Any]) -> None:
     role = _ROLES[type(holder)]
     inside, methods = (holder.__dict__, dict) if role is Module else (holder, role)
     methods.clear(inside)
-    list.extend(inside, parts.values()) if role is list else methods.update(inside, parts)
+    if role is list:
+        list.extend(inside, parts.values())
+    elif methods is dict:
+        dict.update(inside, parts)
+    else:
+        for name, part in parts.items():  # its `update` would call the `__setitem__` of a subclass
+            methods.__setitem__(inside, name, part)
 
 
-@contextlib.contextmanager
-def _all_or_nothing(graph: _Graph) -> Iterator[None]:
-    """Put a graph, and the kinds and values of its states, back as now if the body raises."""
+def _all_or_nothing(graph: _Graph, run: Callable[[], Any]) -> None:
+    """Run, and if it raises put a graph, and the kinds and values of its states, back as before."""
     holders = [*graph.modules.values(), *graph.containers.values()]
     held = [_inside(holder).copy() for holder in holders]
     boxes = [*graph.states.values()]
     kinds, attributes = [*map(type, boxes)], [box.__dict__.copy() for box in boxes]
     for each in attributes:
-        if not isinstance(each["value"], jax.Array):
+        if "value" in each and not isinstance(each["value"], jax.Array):
             each["value"] = jax.tree.map(
                 lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, each["value"])
     try:
-        yield
+        run()
     except BaseException:
         for holder, parts in zip(holders, held):
             _refill(holder, parts)
@@ -742,13 +755,13 @@ def _attach(graph: _Graph, boxes: Mapping[Path, State]) -> None:
     A place is free if nothing or None is there or, for a state, a second name of another one. No
     new container goes beside modules: the states of three layers do not fit into two.
     """
-    holders = graph.modules | graph.containers
+    holders = {(): graph.root} | graph.modules | graph.containers
     new: dict[Path, dict[Path, State]] = {}  # by the place of a new part, the states at or below it
     for path, box in boxes.items():
         end = next(end for end in range(len(path), 0, -1) if path[:end - 1] in holders)
         new.setdefault(path[:end], {})[path[end:]] = box
     with_modules = {Path()} - {*graph.modules}  # containers of modules, and the root if it is one
-    for path in graph.modules if new else ():
+    for path in graph.modules:
         while path and (path := path[:-1]) not in graph.modules and path not in with_modules:
             with_modules.add(path)
     filled: dict[Path, dict[Any, Any]] = {}
@@ -759,13 +772,15 @@ def _attach(graph: _Graph, boxes: Mapping[Path, State]) -> None:
             filled[above] = _inside(holder).copy()
         parts = filled[above]
         fits = {Module: isinstance(step, str), list: step in parts or step == len(parts)}
-        free = parts.get(step) is None or () in below and isinstance(parts[step], State)
+        old = parts.get(step)
+        free = old is None or isinstance(old, State) and () in below or (  # second names
+            isinstance(old, (list, dict)) and all(isinstance(part, State) for part in _inside(old).values()))
         closed = above in with_modules and not (above and () in below)
         if fits.get(_ROLES[type(holder)], True) and free and not closed and (
                 () not in below or len(below) == 1):
             parts[step] = _built(below)
         else:
-            at = _site(above, holder) if parts.get(step) is None else _site(place, parts[step])
+            at = _site(above, holder) if old is None else _site(place, old)
             faults += [f"{_dotted(place + path)!r} at {at}" for path in below]
     if faults:
         raise ValueError(f"no place for the states {', '.join(faults)}; create modules in __init__, "
@@ -778,8 +793,9 @@ def _fill(graph: _Graph, rows: _Rows) -> None:
     """Load rows into the states of a graph; make those that it lacks."""
     lacking = {path: object.__new__(row[0][0]) for path, row in rows.items()
                if path not in graph.states}
-    _attach(graph, lacking)
-    graph.states.update(lacking)
+    if lacking:
+        _attach(graph, lacking)
+        graph.states.update(lacking)
     for path, (entry, value) in rows.items():
         _load(graph.states[path], entry, value)
 
@@ -793,14 +809,14 @@ def restore(module: T, state: StateTree) -> T:
     HiddenState(float32[2])
     """
     graph = _walk(module)
-    with _all_or_nothing(graph):
-        _fill(graph, _rows(state))
+    rows = _rows(state)
+    _all_or_nothing(graph, lambda: _fill(graph, rows))
     return module
 
 
-def _emptied(thing: Any) -> Any:
-    """A new object of the same class and with the same attributes, but without items."""
-    new = _ROLES[type(thing)].__new__(type(thing))
+def _emptied(thing: Any, *items: Any) -> Any:
+    """A new object of the same class and with the same attributes, but without items of its own."""
+    new = _ROLES[type(thing)].__new__(type(thing), *items)
     if attributes := getattr(thing, "__dict__", None):
         new.__dict__.update(attributes)
     if isinstance(thing, defaultdict):
@@ -822,7 +838,7 @@ def _copied(graph: _Graph, state: StateTree) -> _Graph:
         if role is tuple and id(part) not in copies:
             new = [copied(each) for each in tuple.__iter__(part)]
             changed = [*map(id, new)] != [*map(id, tuple.__iter__(part))]
-            copies[id(part)] = tuple.__new__(type(part), new) if changed else part
+            copies[id(part)] = _emptied(part, new) if changed else part
         if role is types.MethodType and id(part.__self__) in copies:
             return types.MethodType(part.__func__, copies[id(part.__self__)])
         return copies.get(id(part), part)
@@ -987,7 +1003,8 @@ def _run(plan: _Plan, graph: _Graph) -> Outputs:
         except Exception as error:
             with contextlib.suppress(Exception):  # a frozen exception, say, refuses notes
                 error.add_note(f"raised by {plan.fn_name!r} of {_site(path, node)}")
-                if isinstance(getattr(error, "obj", 0), (Module, type(None))):  # as of self.h.value
+                if isinstance(error, AttributeError) and error.name and (  # as in self.h.value
+                        isinstance(error.obj, (Module, type(None)))):
                     error.add_note("was the model initialised, by init or init_all_states?")
             raise
         if output is not None:
@@ -1020,12 +1037,12 @@ def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan,
     if created := [path for path, node in after.modules.items() if id(node) not in known]:
         raise ValueError(f"{plan.fn_name!r} created modules, {_sites(after.modules, created)}; "
                          "create modules in __init__, states in init_state")
-    firsts = {id(part): path for path, part in (after.states | after.containers).items()}
-    for alias, part in after.aliases.items():
-        first = firsts[id(part)]
-        if id(part) not in known and any(path[:len(first)] == first for path in after.states):
-            raise ValueError(f"{plan.fn_name!r} created a state with two names, {_dotted(first)!r} "
-                             f"and {_dotted(alias)!r}; share it in __init__")
+    for alias in _in_order(after.aliases.keys() - graph.aliases.keys()):
+        first = after.aliases[alias]
+        for path, box in after.states.items():
+            if path[:len(first)] == first and id(box) not in known:
+                raise ValueError(f"{plan.fn_name!r} created a state with two names, {_dotted(path)!r} "
+                                 f"and {_dotted(alias + path[len(first):])!r}; share it in __init__")
     return outputs, copied.states, after.states
 
 
@@ -1452,8 +1469,8 @@ def _fits(new: Any, old: Any) -> bool:
         kinds = (np.bool_, np.integer, np.floating, np.complexfloating)  # each fits the later ones
         return next((i for i, kind in enumerate(kinds) if jnp.issubdtype(dtype, kind)), 4)
 
-    if new.shape != old.shape or new.dtype == old.dtype:
-        return bool(new.shape == old.shape)
+    if new.shape != old.shape or new.dtype == old.dtype or not _is_array(new):
+        return bool(new.shape == old.shape and new.dtype == old.dtype)
     if rank(new.dtype) != 1 or rank(old.dtype) in (0, 4):
         return rank(new.dtype) <= rank(old.dtype) < 4
     info: Any = {1: jnp.iinfo, 2: jnp.finfo, 3: jnp.finfo}
@@ -1470,8 +1487,10 @@ def _fits(new: Any, old: Any) -> bool:
 def _fitted(new: Any, old: Any) -> Any:
     """A value with the dtype of a leaf and, if on a device, its sharding; None if it does not fit."""
     if _is_key(old) and not _is_key(new):
-        data = _fitted(new, jax.random.key_data(old))
-        return data if data is None else jax.random.wrap_key_data(data, impl=jax.random.key_impl(old))
+        new = _fitted(new, jax.random.key_data(old))
+        if new is None:
+            return None
+        new = jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
     if not isinstance(new, jax.Array):
         new = np.asarray(new)
         if new.dtype == f"V{old.dtype.itemsize}" and old.dtype.isbuiltin != 1:
@@ -1480,7 +1499,8 @@ def _fitted(new: Any, old: Any) -> Any:
         return None
     if not isinstance(new, jax.Array):
         return np.array(new, old.dtype)  # a copy, whose memory JAX may go on using
-    new = jnp.asarray(new, old.dtype) if new.dtype != old.dtype or new.weak_type else new
+    if new.dtype != old.dtype or getattr(new, "weak_type", False):
+        new = jnp.asarray(new, old.dtype)
     here, there = getattr(new, "sharding", None), getattr(old, "sharding", None)
     return new if None in (here, there) or here == there else jax.device_put(new, there)
 
@@ -1520,9 +1540,9 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
         raise ValueError(f"nothing was assigned, since values do not fit: {'; '.join(unfit)}")
     host = {path: leaf for path, leaf in fitted.items() if isinstance(leaf, np.ndarray)}
     shardings = [getattr(old[path], "sharding", None) for path in host]
-    free = {jax.local_devices()[0]}  # what was on the first device alone may follow other arrays
+    default = getattr(jax.device_put(np.zeros(())), "sharding", None)  # arrays there stay free to move
     fitted |= zip(host, jax.device_put([*host.values()], [
-        None if each is None or each.device_set == free else each for each in shardings]))
+        None if each == default else each for each in shardings]))
     missing: list[Path] = []
     for path, (_, value) in _rows(state).items():
         within = [leaf_path for leaf_path, _ in _leaves(value, path)]
@@ -1548,8 +1568,7 @@ def call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Mapping[str, A
     """
     graph = _walk(target)
     plan = _plan(graph.modules, fn_name, args, kwargs, node_to_exclude, fn_if_not_exist, key)
-    with _all_or_nothing(graph):
-        _run(plan, graph)
+    _all_or_nothing(graph, lambda: _run(plan, graph))
     return target
 
 
