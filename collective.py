@@ -1490,7 +1490,7 @@ def _fitted(new: Any, old: Any) -> Any:
         new = _fitted(new, jax.random.key_data(old))
         if new is None:
             return None
-        new = jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
+        new = jax.random.wrap_key_data(jnp.asarray(new), impl=jax.random.key_impl(old))
     if not isinstance(new, jax.Array):
         new = np.asarray(new)
         if new.dtype == f"V{old.dtype.itemsize}" and old.dtype.isbuiltin != 1:
