@@ -11,8 +11,8 @@
 * A **member** is one model of an ensemble; the members lie along leading *mapped axes*, which
   the **mark** of a state (``mapped``) counts.
 
-Pure functions take a module as a template, which they only read, and a state tree; they return
-a new tree, so they work inside ``jit``, ``grad``, ``vmap`` and ``scan``::
+Pure functions only read the module, a template; they take and return state trees, so they work
+inside ``jit``, ``grad``, ``vmap`` and ``scan``::
 
     traverse(module)              -> iterator of (path, module), children before parents
     snapshot(module)              -> state              restore(module, state) -> module
@@ -33,26 +33,41 @@ modules goes wherever a module does, but in `apply`; anything else is a `TypeErr
 be checked is checked before the first method runs, and a call that raises changes nothing.
 
 >>> class Cell(Module):
-...     def __init__(self, size):
-...         self.weight = ParamState(0.5 * jnp.eye(size))        # one, shared by all members
-...     def init_state(self, *, key):
-...         self.h = HiddenState(jax.random.normal(key, (3,)))   # one for each member
+...     def init_state(self, *, key):                   # what it creates is one per member
+...         self.w = ParamState(0.5 * jax.random.normal(key, (8, 9)))
+...         self.h = HiddenState(jnp.zeros(8))
+...     def reset_state(self):                          # written for a single model
+...         self.h.value = jnp.zeros(8)
 ...     def update(self, x):
-...         self.h.value = jnp.tanh(self.weight.value @ self.h.value + x)
-...         return self.h.value
->>> cell = Cell(3)
->>> state = vmap_init(cell, axis_size=4, key=jax.random.key(0))
->>> state
-path    kind         value         mapped
-h       HiddenState  float32[4,3]  1
-weight  ParamState   float32[3,3]  0
-2 leaves, 21 numbers, 84 B
->>> @jax.jit
-... def rollout(state, xs):                                      # xs: (time, member, 3)
-...     return jax.lax.scan(lambda state, x: vmap_apply(cell, state, x)[::-1], state, xs)
->>> state, outputs = rollout(state, jnp.ones((10, 4, 3)))
->>> outputs.shape, state['h'].shape
-((10, 4, 3), (4, 3))
+...         self.h.value = jnp.tanh(self.w.value @ jnp.append(self.h.value, x))
+...         return self.h.value[0]
+>>> model, wave = Cell(), jnp.sin(jnp.arange(40) / 3)
+>>> state = vmap_init(model, axis_size=3, key=jax.random.key(0))
+>>> params, rest = partition(state, ParamState)
+>>> params
+path  kind        value           mapped
+w     ParamState  float32[3,8,9]  1
+1 leaves, 216 numbers, 864 B
+>>> def losses(params):                                 # of each member, to foretell the wave
+...     step = lambda state, x: vmap_apply(model, state, x, in_axes=None)[::-1]
+...     _, outputs = jax.lax.scan(step, params | rest, wave[:-1])
+...     return jnp.mean((outputs - wave[1:, None]) ** 2, axis=0)
+>>> def descend(params, _):
+...     slopes = jax.grad(lambda params: losses(params).sum())(params)
+...     return jax.tree.map(lambda p, slope: p - 0.1 * slope, params, slopes), losses(params)
+>>> params, history = jax.jit(lambda p: jax.lax.scan(descend, p, length=200))(params)
+>>> history[0], history[-1]                             # before and after
+(Array([...], dtype=float32), Array([...], dtype=float32))
+>>> _, state = vmap_apply(model, params | rest, jnp.ones(3))
+>>> state = where(jnp.array([True, False, True]), vmap_reset(model, state), state)
+>>> jnp.abs(state['h']).max(axis=1) > 0                 # whose episode goes on
+Array([False,  True, False], dtype=bool)
+>>> saved = flat_dict(state)                            # {'h': ..., 'w': ...}, for np.savez
+>>> assign(state, {'w': saved['w'][0]})
+Traceback (most recent call last):
+ValueError: nothing was assigned, since values do not fit: 'w' expected float32[3,8,9], got ...
+>>> assign(vmap_init(model, axis_size=3, key=jax.random.key(1)), saved)[1:]
+([], [])
 
 Needs Python >= 3.11 and jax >= 0.4.30; tested with jax 0.4.30, 0.10.2 and 0.12.0.1.
 """
@@ -137,7 +152,7 @@ def _check_names(paths: Iterable[Path]) -> None:
 
 
 def _leaves(value: Any, path: Path = ()) -> list[tuple[Path, Any]]:
-    """The leaves of a pytree, which is at a path, with theirs, in the order of `jax.tree.leaves`."""
+    """The leaves of a pytree at a path, with their paths, in the order of `jax.tree.leaves`."""
     if isinstance(value, jax.Array):
         return [(path, value)]
     return [(path + tuple(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))
@@ -168,17 +183,17 @@ def _is_array(leaf: Any) -> bool:
         isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "biufcV")
 
 
+def _is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed PRNG keys, whose dtypes are none of NumPy's."""
+    dtype = getattr(leaf, "dtype", np.dtype(bool))
+    return not isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
 def _warn(message: str) -> None:
     """Warn at the line that called this file."""
     files = [frame.filename for frame in inspect.stack(0)]
     level = next((level for level, file in enumerate(files, 1) if file != files[0]), 1)
     warnings.warn(message, stacklevel=level)
-
-
-def _is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of typed PRNG keys, whose dtypes are none of NumPy's."""
-    dtype = getattr(leaf, "dtype", np.dtype(bool))
-    return not isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 # ---- States and filters --------------------------------------------------------------------------
@@ -187,11 +202,9 @@ _FILE = globals().get("__file__", __name__)  # which tells two copies of this fi
 
 
 class State:
-    """A box for one value of a module: an array, or any pytree of arrays.
+    """A box for one ``value`` of a module: an array, or any pytree of arrays.
 
-    Read and write ``value``; ``tag`` is a label for filters; ``mapped`` counts the leading
-    ensemble axes of the value. Subclasses are kinds: filters select by them, state trees record
-    them.
+    ``tag`` is a label for filters; ``mapped`` counts leading ensemble axes. Subclasses are kinds.
 
     >>> State({'bias': jnp.zeros(2)}, tag='slow')
     State(bias float32[2])
@@ -251,8 +264,7 @@ def _filtered(things: Mapping[Path, T], filter: Filter) -> dict[Path, T]:
 class Module:
     """Base class of what holds states, to mix in.
 
-    Define ``update``, which calling the module calls; `init_state`, which creates states; and
-    `reset_state`, which sets them back.
+    Define ``update``, which calling the module calls, and `init_state` and `reset_state`.
 
     >>> class Scale(Module):
     ...     def __init__(self, size): self.factor = ParamState(jnp.ones(size))
@@ -267,8 +279,7 @@ class Module:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if (cls.__basicsize__, cls.__itemsize__) != (Module.__basicsize__, Module.__itemsize__):
-            raise TypeError(f"{cls.__name__} has __slots__ or a builtin base class, where no state "
-                            "is found; keep all in attributes")
+            raise TypeError(f"{cls.__name__} has __slots__ or a builtin base class; use attributes")
 
     def __setattr__(self, name: str, value: Any) -> None:
         held = vars(self).get(name)
@@ -344,12 +355,12 @@ class _Graph(NamedTuple):
 
 def _walk(root: Any) -> _Graph:
     """Walk a module, or a list, tuple or dict of modules, depth first and without recursion."""
-    is_container = isinstance(root, (list, tuple, dict))
-    targets = _inside(root).values() if is_container else [root]
-    if strays := sorted({type(each).__name__ for each in targets
-                         if _ROLES[type(each)] in (None, State, types.MethodType)}):
+    roles = _ROLES
+    held = _inside(root).values() if isinstance(root, (list, tuple, dict)) else [root]
+    if strays := sorted({type(each).__name__ for each in held
+                         if roles[type(each)] in (None, State, types.MethodType)}):
         raise TypeError(f"expected a module, or a list, tuple or dict of modules; got {strays}")
-    graph, odd, roles = _Graph(root, {}, {}, {}, {}), [], _ROLES
+    graph, odd = _Graph(root, {}, {}, {}, {}), []
     seen: dict[int, Path] = {id(root): ()}
     stack: list[tuple[Path, Any, Iterator[Any]]] = [((), root, iter(_inside(root).items()))]
     while stack:
@@ -444,8 +455,8 @@ def _row(path: Path, box: State) -> tuple[_Entry, Any]:
     value = box.value
     try:
         if not isinstance(value, jax.Array):
-            value = jax.tree.map(
-                lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), _owned(value))
+            value = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array)
+                                 else jnp.array(leaf), _owned(value))
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"no array in {_site(path, box)}: {error}") from error
     return (type(box), box.tag, box.mapped), value
@@ -460,9 +471,8 @@ def _rows(tree: StateTree) -> _Rows:
 def _tree_from_rows(rows: _Rows) -> StateTree:
     paths = tuple(_in_order(rows))
     values = [rows[path][1] for path in paths]
-    if several := [i for i, value in enumerate(values) if not isinstance(value, jax.Array)]:
-        for i in several:
-            values[i] = _owned(values[i])
+    if not all([isinstance(value, jax.Array) for value in values]):
+        values = [*map(_owned, values)]
         _check_names(leaf_path for path, value in zip(paths, values)
                      for leaf_path, _ in _leaves(value, path))
     return _tree_from_values(_static(paths, tuple([rows[path][0] for path in paths])), values)
@@ -489,18 +499,16 @@ class StateTree(Mapping[Path, Any]):
     """An immutable mapping from path to value, and a JAX pytree whose leaves are the arrays.
 
     Made from a mapping of paths, or dotted names, to `State` boxes, or to trees, which are grafted
-    there: `TypeError` for anything else, `ValueError` where two states, or leaves, share a dotted
-    name. Containers are copied; NumPy arrays become JAX arrays. Paths, kinds, tags and mapped
-    counts are static. Trees compare by identity; ``b`` wins in ``a | b``. A look-up raises
-    `KeyError` with the closest names.
+    there: `TypeError` for anything else, `ValueError` where states or leaves share a dotted name.
+    Containers are copied, NumPy arrays become JAX arrays. Trees compare by identity; ``b`` wins in
+    ``a | b``. A look-up raises `KeyError` with the closest names.
 
-    >>> tree = StateTree({'W': ParamState({'w': jnp.ones((2, 3)), 'b': 0.})})
-    >>> tree | StateTree({'cells.0': StateTree({'h': HiddenState(jnp.zeros(3))})})
-    path       kind         value         mapped
-    W.b        ParamState   float32[]     0
-    W.w        ParamState   float32[2,3]  0
-    cells.0.h  HiddenState  float32[3]    0
-    3 leaves, 10 numbers, 40 B
+    >>> StateTree({'W': ParamState({'w': jnp.ones((2, 3)), 'b': 0.}), 'cells.0.h': State(1)})
+    path       kind        value         mapped
+    W.b        ParamState  float32[]     0
+    W.w        ParamState  float32[2,3]  0
+    cells.0.h  State       int32[]       0
+    3 leaves, 8 numbers, 32 B
     """
 
     __slots__ = ("_static", "_values", "__weakref__")
@@ -551,13 +559,12 @@ class StateTree(Mapping[Path, Any]):
         widths = [max(map(len, column)) for column in zip(*table)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         arrays = [leaf for leaf in jax.tree.leaves(self) if hasattr(leaf, "dtype")]
-        size: float = sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)
-        units = ["B", "KiB", "MiB", "GiB", "TiB"]
-        while size >= 1024 and units[1:]:
-            size, units = size / 1024, units[1:]
-        lines.append(f"{len(lines) - 1:,} leaves, {sum(leaf.size for leaf in arrays):,} numbers, "
-                     f"{size:.{int(size % 1 > 0)}f} {units[0]}")
-        return "\n".join(lines)
+        numbers = f"{sum(leaf.size for leaf in arrays):,} numbers"
+        size = int(sum(leaf.size * leaf.dtype.itemsize for leaf in arrays))
+        power = min(max(size.bit_length() - 1, 0) // 10, 5)
+        unit, decimals = "B KiB MiB GiB TiB PiB".split()[power], int(size % 1024**power > 0)
+        amount = f"{size / 1024**power:.{decimals}f} {unit}"
+        return "\n".join([*lines, f"{len(table) - 1:,} leaves, {numbers}, {amount}"])
 
     def states(self) -> dict[Path, State]:
         """Fresh boxes with the kinds, tags, mapped counts and values of this tree."""
@@ -573,17 +580,17 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def _to_json(static: _Static) -> bytes:
-    kinds, tags, marks = zip(*static.entries) if static.entries else ((), (), ())
-    names = [f"{kind.__module__}:{kind.__qualname__}" for kind in kinds]
-    return json.dumps([static.paths, names, tags, marks]).encode()
+    entries = [(f"{kind.__module__}:{kind.__qualname__}", tag, mapped)
+               for kind, tag, mapped in static.entries]
+    return json.dumps([static.paths, entries]).encode()
 
 
 def _from_json(data: bytes | bytearray) -> _Static:
     def tuples(part: Any) -> Any:
         return tuple(map(tuples, part)) if isinstance(part, list) else part
 
-    paths, names, tags, marks = tuples(json.loads(data))
-    return _static(paths, tuple(zip(map(pkgutil.resolve_name, names), tags, marks)))
+    paths, entries = tuples(json.loads(data))
+    return _static(paths, tuple((pkgutil.resolve_name(name), *rest) for name, *rest in entries))
 
 
 with contextlib.suppress(ImportError, AttributeError, ValueError):  # jax < 0.4.36; a reload
@@ -601,19 +608,14 @@ def _no_state(state: StateTree, path: Path) -> KeyError:
     if any(each.startswith(f"{name}.") for each in names):
         return KeyError(f"no state {name!r}; subtree(tree, {name!r}) has those below it")
     near = sorted(names, key=lambda each: abs(len(each) - len(name)))[:100]
-    return KeyError(f"no state {name!r}; the closest are {difflib.get_close_matches(name, near, cutoff=0)}")
+    closest = difflib.get_close_matches(name, near, cutoff=0)
+    return KeyError(f"no state {name!r}; the closest are {closest}")
 
 
 def _tree_leaves(state: StateTree) -> list[tuple[Path, Any]]:
     """The leaves of a tree with full paths, in the order in which JAX flattens it."""
     return [leaf for path, (_, value) in _rows(state).items()
             for leaf in _leaves(_owned(value), path)]
-
-
-def _split(state: StateTree, chosen: Collection[Path]) -> tuple[StateTree, StateTree]:
-    rows = _rows(state)
-    return (_tree_from_rows({path: row for path, row in rows.items() if path in chosen}),
-            _tree_from_rows({path: row for path, row in rows.items() if path not in chosen}))
 
 
 def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
@@ -623,13 +625,15 @@ def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
     >>> list(params), list(rest)
     ([('w',)], [('h',)])
     """
-    return _split(state, _filtered(StateTree.states(state), filter))
+    matching = _filtered(StateTree.states(state), filter)
+    halves: tuple[_Rows, _Rows] = {}, {}
+    for path, row in _rows(state).items():
+        halves[path not in matching][path] = row
+    return _tree_from_rows(halves[0]), _tree_from_rows(halves[1])
 
 
 def subtree(state: StateTree, path: Path | str) -> StateTree:
-    """The states below a path, or dotted name, with paths from there.
-
-    ``StateTree({path: part})`` puts them back. `KeyError` with the closest names if there are none.
+    """The states below a path, or dotted name, with paths from there; `KeyError` if there are none.
 
     >>> list(subtree(StateTree({'encoder.0.w': ParamState(1.), 'out': ParamState(2.)}), 'encoder'))
     [(0, 'w')]
@@ -666,9 +670,9 @@ def _check_alike(*states: StateTree) -> None:
 def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
     """A tree with ``new`` where ``mask`` holds and ``old`` elsewhere, along the axes of the mask.
 
-    Leaves that are the same object in both trees are kept, whatever their shape. In a tree with
-    mapped states the mask is about members. Raises `ValueError` if the trees differ in more than
-    values, if a leaf is not ``(*mask.shape, ...)``, or if a shared state differs.
+    Leaves that are one object in both are kept. If any state is mapped, the mask is about members.
+    Raises `ValueError` if the trees differ in more than values, if a leaf is not
+    ``(*mask.shape, ...)``, or if a shared state differs.
 
     >>> old = StateTree({'h': HiddenState(jnp.ones(2))})
     >>> where([True, False], jax.tree.map(jnp.zeros_like, old), old)['h']
@@ -711,8 +715,6 @@ def _refill(holder: Any, parts: dict[Any, Any]) -> None:
     methods.clear(inside)
     if role is list:
         list.extend(inside, parts.values())
-    elif methods is dict:
-        dict.update(inside, parts)
     else:
         for name, part in parts.items():  # its `update` would call the `__setitem__` of a subclass
             methods.__setitem__(inside, name, part)
@@ -740,7 +742,7 @@ def _all_or_nothing(graph: _Graph, run: Callable[[], Any]) -> None:
 
 def _built(boxes: dict[Path, State]) -> Any:
     """A state, or new containers of states by their paths there: lists for keys 0, 1, ..."""
-    if () in boxes and len(boxes) == 1:
+    if [*boxes] == [()]:
         return boxes[()]
     below: dict[Any, dict[Path, State]] = {}
     for path, box in boxes.items():
@@ -768,31 +770,28 @@ def _attach(graph: _Graph, boxes: Mapping[Path, State]) -> None:
     faults: list[str] = []
     for place, below in new.items():
         above, step, holder = place[:-1], place[-1], holders[place[:-1]]
-        if above not in filled:
-            filled[above] = _inside(holder).copy()
-        parts = filled[above]
+        parts = filled[above] = filled.get(above) or _inside(holder).copy()
         fits = {Module: isinstance(step, str), list: step in parts or step == len(parts)}
-        old = parts.get(step)
-        free = old is None or isinstance(old, State) and () in below or (  # second names
-            isinstance(old, (list, dict)) and all(isinstance(part, State) for part in _inside(old).values()))
-        closed = above in with_modules and not (above and () in below)
-        if fits.get(_ROLES[type(holder)], True) and free and not closed and (
-                () not in below or len(below) == 1):
+        old, is_state = parts.get(step), [*below] == [()]
+        free = old is None or isinstance(old, State) and is_state or (  # second names
+            isinstance(old, (list, dict))
+            and all(isinstance(part, State) for part in _inside(old).values()))
+        closed = above in with_modules and not (above and is_state) or not is_state and () in below
+        if free and not closed and fits.get(_ROLES[type(holder)], True):
             parts[step] = _built(below)
         else:
             at = _site(above, holder) if old is None else _site(place, old)
             faults += [f"{_dotted(place + path)!r} at {at}" for path in below]
     if faults:
-        raise ValueError(f"no place for the states {', '.join(faults)}; create modules in __init__, "
-                         "and write None there for a state that init_state creates")
+        raise ValueError(f"no place for {', '.join(faults)}; create modules in __init__, and write "
+                         "None there for a state that init_state creates")
     for above, parts in filled.items():
         _refill(holders[above], parts)
 
 
 def _fill(graph: _Graph, rows: _Rows) -> None:
     """Load rows into the states of a graph; make those that it lacks."""
-    lacking = {path: object.__new__(row[0][0]) for path, row in rows.items()
-               if path not in graph.states}
+    lacking = {path: object.__new__(rows[path][0][0]) for path in rows if path not in graph.states}
     if lacking:
         _attach(graph, lacking)
         graph.states.update(lacking)
@@ -809,8 +808,7 @@ def restore(module: T, state: StateTree) -> T:
     HiddenState(float32[2])
     """
     graph = _walk(module)
-    rows = _rows(state)
-    _all_or_nothing(graph, lambda: _fill(graph, rows))
+    _all_or_nothing(graph, lambda: _fill(graph, _rows(state)))
     return module
 
 
@@ -844,11 +842,9 @@ def _copied(graph: _Graph, state: StateTree) -> _Graph:
         return copies.get(id(part), part)
 
     for holder in (*graph.modules.values(), *graph.containers.values()):
-        _refill(copies[id(holder)], {name: part if _ROLES[type(part)] is None else copied(part)
-                                     for name, part in _inside(holder).items()})
-    modules, containers, states = (
-        {path: copies[id(part)] for path, part in parts.items()} for parts in graph[1:4])
-    copy = _Graph(copied(graph.root), modules, containers, states, {})
+        _refill(copies[id(holder)], {name: copied(part) for name, part in _inside(holder).items()})
+    copy = _Graph._make([copied(graph.root), *[
+        {path: copies[id(part)] for path, part in parts.items()} for parts in graph[1:4]], {}])
     _fill(copy, rows)
     return copy
 
@@ -888,8 +884,7 @@ class _Plan(NamedTuple):
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     key: Key
-    steps: list[Path]  # of the nodes, in the order of the calls
-    keyed: set[Path]  # of the nodes whose method takes a key
+    steps: dict[Path, bool]  # by path, in the order of the calls: whether the method takes a key
 
 
 _MISSING = ("{} does not have method {!r}; define it there or, in a call to all nodes, pass "
@@ -920,13 +915,11 @@ def _method(node: Any, fn_name: str) -> Any:
     return _method(node, "update") if getattr(method, "__func__", 0) is Module.__call__ else method
 
 
-def _look(method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], key: Key,
-          ) -> tuple[str | None, float, bool]:
+def _look(method: Any, args: Any, kwargs: Any, key: Key) -> tuple[str | None, float, bool]:
     """What is wrong with a call of one method, if anything; its level; whether it gets a key."""
     if not callable(method):
         return _MISSING if method is None else "on {} the attribute {!r} must be callable", 0, False
-    function, parameters = getattr(method, "__func__", method), {}
-    given: Collection[str] = ("key",)
+    function, parameters, given = getattr(method, "__func__", method), {}, {"key": None}
     with contextlib.suppress(ValueError, TypeError):  # a builtin that does not tell, or arguments
         signature = inspect.signature(method)         # that the call itself will refuse
         parameters = dict(signature.parameters)
@@ -940,9 +933,9 @@ def _look(method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], key: Ke
     elif named and "key" not in given and key is None and key_of.default is key_of.empty:
         fault = "{} requires a key for {!r}; pass key=jax.random.key(0)"
     silent = function is Module.init_state or function is Module.reset_state  # do nothing
-    takes_key = key is not None and not silent and bool(
-        named or any(each.kind is each.VAR_KEYWORD for each in parameters.values()))
-    return fault, getattr(function, "call_order", float("-inf")), takes_key
+    takes_key = named or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    level = getattr(function, "call_order", float("-inf"))
+    return fault, level, bool(takes_key) and key is not None and not silent
 
 
 def _plan(nodes: Mapping[Path, Any], fn_name: str, args: Any, kwargs: Mapping[str, Any] | None,
@@ -950,32 +943,29 @@ def _plan(nodes: Mapping[Path, Any], fn_name: str, args: Any, kwargs: Mapping[st
     """Check all that can be checked before the first method runs."""
     args, kwargs = args if isinstance(args, tuple) else (args,), {} if kwargs is None else kwargs
     _check_call(fn_name, kwargs, fn_if_not_exist, key)
-    excluded = _predicate(node_to_exclude)
     if node_to_exclude is not None:
-        nodes = {path: node for path, node in nodes.items() if not excluded(path, node)}
-    levels: dict[float, list[Path]] = {}
-    keyed: set[Path] = set()
-    faults: dict[str, list[Path]] = {}
+        excluded = _filtered(nodes, node_to_exclude)
+        nodes = {path: node for path, node in nodes.items() if path not in excluded}
+    levels: dict[float, dict[Path, bool]] = {}
+    faults: dict[str, dict[Path, bool]] = {}
     looks: dict[int, Any] = {}  # by function, kept alive, so that one look serves all its nodes
     for path, node in nodes.items():
         method = _method(node, fn_name)
         function = getattr(method, "__func__", method)
         if id(function) not in looks:
-            looks[id(function)] = *_look(method, args, kwargs, key), function
-        fault, level, takes_key, _ = looks[id(function)]
-        (levels if fault is None else faults).setdefault(fault or level, []).append(path)
-        if takes_key:
-            keyed.add(path)
+            fault, level, takes_key = _look(method, args, kwargs, key)
+            alike = levels.setdefault(level, {}) if fault is None else faults.setdefault(fault, {})
+            looks[id(function)] = alike, takes_key, function
+        alike, takes_key, _ = looks[id(function)]
+        alike[path] = takes_key
     for fault, paths in faults.items():
         text = fault.format(_sites(nodes, paths), fn_name)
-        if fault is not _MISSING:
-            raise TypeError(text)
-        if fn_if_not_exist == "raise":
-            raise AttributeError(text)
+        if fault is not _MISSING or fn_if_not_exist == "raise":
+            raise (AttributeError if fault is _MISSING else TypeError)(text)
         if fn_if_not_exist == "warn":
             _warn(text)
-    steps = [path for level in sorted(levels) for path in levels[level]]
-    return _Plan(fn_name, args, kwargs, key, steps, keyed)
+    steps = {path: keyed for level in sorted(levels) for path, keyed in levels[level].items()}
+    return _Plan(fn_name, args, kwargs, key, steps)
 
 
 _fold_in = jax.jit(lambda key, words: functools.reduce(jax.random.fold_in, words, key))
@@ -995,10 +985,10 @@ def _run(plan: _Plan, graph: _Graph) -> Outputs:
     """Run a plan on the modules of a graph; `ValueError` if mapped axes of its states change."""
     outputs, before = {}, {path: (box.mapped, _shapes(path, box))
                            for path, box in graph.states.items() if box.mapped}
-    for path in plan.steps:
+    for path, takes_key in plan.steps.items():
         node = graph.modules[path]
         try:
-            key = {"key": _node_key(plan.key, path)} if path in plan.keyed else {}
+            key = {"key": _node_key(plan.key, path)} if takes_key else {}
             output = getattr(node, plan.fn_name)(*plan.args, **plan.kwargs, **key)
         except Exception as error:
             with contextlib.suppress(Exception):  # a frozen exception, say, refuses notes
@@ -1016,12 +1006,11 @@ def _run(plan: _Plan, graph: _Graph) -> Outputs:
             if len(shape) < len(was) or shape[:mark] != was[:mark]:
                 changed.append(_site(leaf_path, graph.states[path]))
     if changed:
-        forms = {"init_state": "vmap_init", "reset_state": "vmap_reset"}
-        form = forms.get(plan.fn_name, "vmap_call_all")
-        raise ValueError(
-            f"{plan.fn_name!r} ran once for all members and changed the leading axes of "
-            f"{', '.join(changed)}; run it once per member, with {form} (or vmap_apply, or in "
-            f"place) and, for members of members, vmap(functools.partial({form}, module))")
+        name = plan.fn_name
+        form = {"init_state": "vmap_init", "reset_state": "vmap_reset"}.get(name, "vmap_call_all")
+        raise ValueError(f"{name!r} ran once for all members and changed the leading axes "
+                         f"of {', '.join(changed)}; run it with {form} (or vmap_apply, or in place)"
+                         f" or, for nested members, vmap(functools.partial({form}, module))")
     return outputs
 
 
@@ -1041,29 +1030,26 @@ def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan,
         first = after.aliases[alias]
         for path, box in after.states.items():
             if path[:len(first)] == first and id(box) not in known:
-                raise ValueError(f"{plan.fn_name!r} created a state with two names, {_dotted(path)!r} "
-                                 f"and {_dotted(alias + path[len(first):])!r}; share it in __init__")
+                other = _dotted(alias + path[len(first):])
+                raise ValueError(f"{plan.fn_name!r} created a state with two names, "
+                                 f"{_dotted(path)!r} and {other!r}; share it in __init__")
     return outputs, copied.states, after.states
-
-
-def _with_key(kwargs: Mapping[str, Any], key: Key) -> Mapping[str, Any]:
-    return kwargs if key is None else {**kwargs, "key": key}
 
 
 def apply(module: Module, state: StateTree, *args: Any, method: str = "__call__", key: Key = None,
           **kwargs: Any) -> tuple[Any, StateTree]:
     """Call one method of a module: ``(output, state)``, with a new tree.
 
-    The method is given ``key``, if there is one, as ``key=``. Raises `ValueError` if the tree lacks
-    a state of the module, or if the method creates modules or changes the leading axes of a mapped
-    state.
+    The method is given ``key``, if any, as ``key=``. `ValueError` if the tree lacks a state of the
+    module, or if the method creates modules or changes the leading axes of a mapped state.
 
     >>> class Counter(Module):
     ...     def update(self, by): self.count.value += by
     >>> apply(Counter(), StateTree({'count': State(jnp.array(0))}), 5)[1]['count'].item()
     5
     """
-    graph, plan = _walk(module), _plan({(): module}, method, args, _with_key(kwargs, key))
+    kwargs = kwargs if key is None else {**kwargs, "key": key}
+    graph, plan = _walk(module), _plan({(): module}, method, args, kwargs)
     outputs, _, after = _run_on_copy(graph, state, plan)
     return outputs.get(()), _tree_from_boxes(after)
 
@@ -1129,11 +1115,8 @@ def _is_tree(part: Any) -> bool:
 
 def _with_axes(state: StateTree, count: int) -> StateTree:
     """The same values, said to have so many more mapped axes, as have trees in them."""
-    def add(part: Any) -> Any:
-        return _with_axes(part, count) if _is_tree(part) else part
-
-    return _tree_from_rows({
-        path: ((kind, tag, mapped + count), jax.tree.map(add, value, is_leaf=_is_tree))
+    return _tree_from_rows({path: ((kind, tag, mapped + count), jax.tree.map(
+        lambda part: _with_axes(part, count) if _is_tree(part) else part, value, is_leaf=_is_tree))
         for path, ((kind, tag, mapped), value) in _rows(state).items()})
 
 
@@ -1141,10 +1124,10 @@ def _sizes(mapped: StateTree) -> list[tuple[str, tuple[int, ...]]]:
     return [(repr(_dotted(path)), np.shape(leaf)[:1]) for path, leaf in _tree_leaves(mapped)]
 
 
-def _apart(args: tuple[Any, ...], in_axes: Any) -> tuple[list[Any], ...]:
-    """The leaves of arguments, trees in two: what is mapped, with a mark less, and what is shared.
+def _apart(args: tuple[Any, ...], in_axes: Any) -> tuple[Any, ...]:
+    """Arguments as members see them, their axes, and the names and sizes of what is mapped.
 
-    Then their axes, the names and sizes of what is mapped, and of each tree which states are.
+    Mapped states have a mark less. Then, for each tree, which of its states are mapped.
     """
     axes: list[Any] = []
     misfit = f"in_axes is an int or None, or a tuple or tree of these; {in_axes!r} does not fit "
@@ -1152,36 +1135,25 @@ def _apart(args: tuple[Any, ...], in_axes: Any) -> tuple[list[Any], ...]:
         jax.tree.map(lambda axis, part: axes.extend([axis] * len(jax.tree.leaves(part, _is_tree))),
                      tuple(in_axes) if isinstance(in_axes, list) else in_axes, args,
                      is_leaf=lambda part: part is None or _is_tree(part))
-    if len(axes) != len(leaves := jax.tree_util.tree_flatten_with_path(args, _is_tree)[0]):
+    leaves, structure = jax.tree_util.tree_flatten_with_path(args, _is_tree)
+    if len(axes) != len(leaves):
         raise TypeError(f"{misfit}the {len(args)} arguments, {_described(args)}")
-    parts, prefix, sizes, trees = [], [], [], []
-    for (keys, part), axis in zip(leaves, axes):
+    parts, sizes, trees = [], [], []
+    for i, ((keys, part), axis) in enumerate(zip(leaves, axes)):
         name, rank = f"args{jax.tree_util.keystr(keys)}", 0 if _is_tree(part) else np.ndim(part)
         if axis is not None and (type(axis) is not int or not (
                 _is_tree(part) or -rank <= axis < rank)):
             raise TypeError(f"{misfit}{name}, {_described(part)}")
         if isinstance(part, StateTree):
-            mapped = {path: axis is not None and row[0][2] > 0 for path, row in _rows(part).items()}
-            own, rest = _split(part, [path for path in mapped if mapped[path]])
+            own, rest = partition(part, None if axis is None else lambda path, box: box.mapped)
             sizes += [(f"{path} of {name}", size) for path, size in _sizes(own)]
-            trees.append(mapped)
-            part, axis = (_with_axes(own, -1), rest), (0, None)
+            trees.append({path: path in own for path in part})
+            part = _with_axes(own, -1) | rest
+            axes[i] = _tree_from_values(part._static, [0 if path in own else None for path in part])
         elif axis is not None:
             sizes.append((name, (np.shape(part)[axis],)))
         parts.append(part)
-        prefix.append(axis)
-    return parts, prefix, sizes, trees
-
-
-def _ensemble_size(size: Any, sizes: list[tuple[str, tuple[int, ...]]]) -> int:
-    """The number of members that an ``axis_size`` and all that is mapped agree on."""
-    size = size if size is not None or not sizes else next(iter(sizes[0][1]), None)
-    if odd := [f"{name} {shape}" for name, shape in sizes if shape != (size,)]:
-        raise ValueError(f"axis_size {size} is at odds with the mapped axis of {', '.join(odd)}")
-    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
-        raise ValueError("axis_size is a positive int, or None for the size of mapped states or "
-                         f"arguments; got {size!r}")
-    return int(size)
+    return jax.tree.unflatten(structure, parts), jax.tree.unflatten(structure, axes), sizes, trees
 
 
 def _map_members(run: Callable[..., Any], state: StateTree, args: tuple[Any, ...], in_axes: Any,
@@ -1189,11 +1161,17 @@ def _map_members(run: Callable[..., Any], state: StateTree, args: tuple[Any, ...
     """What ``run(trees, key, state, *args)`` returns per member, all states of ``state`` mapped.
 
     ``trees`` are those that `_apart` tells of. Beside its result, ``run`` returns a function from
-    a tree in it to the paths of those states that are per member; members must share the others.
+    a tree in it to a filter for those states that are per member; members must share the others.
     """
-    parts, prefix, sizes, trees = _apart(args, in_axes)
-    size = _ensemble_size(axis_size, _sizes(state) + sizes)
-    keys = None if key is None else jax.random.split(key, size)
+    args, axes, sizes, trees = _apart(args, in_axes)
+    sizes = _sizes(state) + sizes
+    size: Any = sizes[0][1][0] if axis_size is None and sizes and sizes[0][1] else axis_size
+    if odd := [f"{name} {shape}" for name, shape in sizes if shape != (size,)]:
+        raise ValueError(f"axis_size {size} is at odds with the mapped axis of {', '.join(odd)}")
+    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
+        raise ValueError("axis_size is a positive int, or None for the size of mapped states or "
+                         f"arguments; got {size!r}")
+    keys = None if key is None else jax.random.split(key, int(size))
     # A batching rule sees what is batched by the innermost vmap that batches any operand, and
     # `index` is batched by the one below.
     same_for_all = jax.custom_batching.custom_vmap(lambda index, common: common)
@@ -1209,37 +1187,36 @@ def _map_members(run: Callable[..., Any], state: StateTree, args: tuple[Any, ...
                 "axis_name. A gradient per member may leave as a plain dict, flat_dict(gradient)")
         return common, batched[1]
 
-    def run_member(index: Any, key: Key, state: StateTree, parts: list[Any]) -> Any:
-        whole = [part[0] | part[1] if isinstance(part, tuple) else part for part in parts]
-        structure = jax.tree.structure(args, is_leaf=_is_tree)
-        result, own = run(trees, key, state, *jax.tree.unflatten(structure, whole))
+    def run_member(index: Any, key: Key, state: StateTree, args: tuple[Any, ...]) -> Any:
+        result, own = run(trees, key, state, *args)
         leaves, structure = jax.tree.flatten(result, is_leaf=_is_tree)
-        halves = [_split(leaf, own(leaf)) if _is_tree(leaf) else (leaf, None) for leaf in leaves]
+        halves = [partition(leaf, own(leaf)) if _is_tree(leaf) else (leaf, None) for leaf in leaves]
         common = same_for_all(index, [half[1] for half in halves])
         return jax.tree.unflatten(structure, [half[0] for half in halves]), common
 
-    mapped = jax.vmap(run_member, in_axes=(0, 0, 0, prefix), out_axes=(0, None), axis_size=size,
-                      axis_name=axis_name)
-    result, common = mapped(jnp.arange(size), keys, _with_axes(state, -1), parts)
+    result, common = jax.vmap(
+        run_member, in_axes=(0, 0, 0, axes), out_axes=(0, None), axis_size=int(size),
+        axis_name=axis_name)(jnp.arange(size), keys, _with_axes(state, -1), args)
     leaves, structure = jax.tree.flatten(result, is_leaf=_is_tree)
     return jax.tree.unflatten(structure, [_with_axes(leaf, +1) | rest if _is_tree(leaf) else leaf
                                           for leaf, rest in zip(leaves, common)])
 
 
-def _per_member(result: StateTree, arguments: list[dict[Path, bool]]) -> list[Path]:
+def _per_member(result: StateTree, arguments: list[dict[Path, bool]]) -> Filter:
     """Which states of a result have one value for each member: those that were so, and new ones."""
-    own, unclear = [], []
+    shared, unclear = set(), []
     for path in result:
         said = {mapped[path] for mapped in arguments if path in mapped}
         if len(said) > 1:  # then trees with just these states decide
             said = {mapped[path] for mapped in arguments if mapped.keys() == result.keys()}
             unclear += [path] if len(said) != 1 else []
-        own += [path] if said != {False} else []
+        if said == {False}:
+            shared.add(path)
     if unclear:
-        raise ValueError(f"{_sites(result.states(), unclear)} of the result: mapped in one argument, "
-                         "shared in another; give the trees names of their own, as in "
+        raise ValueError(f"{_sites(result.states(), unclear)}: mapped in one argument, shared in "
+                         "another; give the trees names of their own, as in "
                          "StateTree({'actor': a, 'critic': c})")
-    return own
+    return lambda path, box: path not in shared
 
 
 def vmap(fn: Callable[..., Any], in_axes: Any = 0, *, axis_size: int | None = None,
@@ -1248,19 +1225,17 @@ def vmap(fn: Callable[..., Any], in_axes: Any = 0, *, axis_size: int | None = No
 
     Positional arguments are mapped by ``in_axes``, as in `jax.vmap`. Of a state tree, wherever it
     stands in them, ``fn`` sees the mapped states of one member, with a mark less, and all of the
-    others (with ``in_axes`` None: all states as they are). What it returns leads with the new
-    axis, ``(size, *shape)``; in its trees, states that an argument had stay mapped or shared, and
-    new ones are mapped. Nests, and goes under every transformation. Raises `TypeError` for
-    ``in_axes`` that do not fit; `ValueError` for sizes that disagree or are not positive, for a
-    shared state that becomes one per member, and for a state that is mapped in one argument and
-    shared in another, unless just one of them has the same states as the result.
+    others (with ``in_axes`` None: all states as they are). Results lead with the new axis,
+    ``(size, *shape)``; in their trees, states that an argument had stay mapped or shared, and new
+    ones are mapped. Raises `TypeError` for ``in_axes`` that do not fit; `ValueError` for sizes that
+    disagree or are not positive, for a shared state that becomes one per member, and for a state
+    mapped in one argument and shared in another, unless one alone has the states of the result.
 
     >>> class Dense(Module):
     ...     def __init__(self, key): self.w = ParamState(jax.random.normal(key, (3, 2)))
-    >>> vmap(lambda key: snapshot(Dense(key)))(jax.random.split(jax.random.key(0), 10))
-    path  kind        value            mapped
-    w     ParamState  float32[10,3,2]  1
-    1 leaves, 60 numbers, 240 B
+    >>> keys = jax.random.split(jax.random.key(0), 10)
+    >>> vmap(lambda key: snapshot(Dense(key)))(keys)['w'].shape
+    (10, 3, 2)
     """
     def run(trees: Any, key: None, state: StateTree, *args: Any) -> Any:
         return fn(*args), lambda tree: _per_member(tree, trees)
@@ -1272,12 +1247,6 @@ def vmap(fn: Callable[..., Any], in_axes: Any = 0, *, axis_size: int | None = No
     return vmapped
 
 
-def _no_arrays(output: Any) -> list[str]:
-    """The types of what is no array in the output of a method."""
-    leaves = [output] if isinstance(output, Iterator) else jax.tree.leaves(output)
-    return sorted({type(leaf).__name__ for leaf in leaves if not _is_array(leaf)})
-
-
 def _call_members(graph: _Graph, state: StateTree, plan: _Plan, key: Key, in_axes: Any,
                   axis_size: int | None, axis_name: Hashable, state_to_exclude: Filter = None,
                   state_tag: Hashable = None) -> tuple[Outputs, StateTree]:
@@ -1285,33 +1254,39 @@ def _call_members(graph: _Graph, state: StateTree, plan: _Plan, key: Key, in_axe
     excluded = _predicate(state_to_exclude)
     own, rest = partition(state, lambda path, box: box.mapped and not excluded(path, box))
     output_paths: list[Path] = []
+    of_first: set[Path] = set()  # new states that all members share, as the first one has them
 
     def run(_: Any, key: Key, own: StateTree, *args: Any) -> Any:
-        kwargs = plan.kwargs if plan.key is not None else _with_key(plan.kwargs, key)
+        kwargs = plan.kwargs if key is None or plan.key is not None else {**plan.kwargs, "key": key}
         outputs, before, after = _run_on_copy(
             graph, own | rest, plan._replace(args=args, key=key, kwargs=kwargs))
-        outputs = {path: output for path, output in outputs.items()
-                   if not isinstance(output, Module)}  # such as self, which cannot cross
-        if strays := [f"{_site(path, graph.modules[path])} returned {', '.join(kinds)}"
-                      for path, output in outputs.items() if (kinds := _no_arrays(output))]:
+        strays = []
+        for path, output in outputs.items():
+            leaves = jax.tree.leaves(output, lambda part: isinstance(part, Iterator))
+            kinds = {type(leaf).__name__ for leaf in leaves if not _is_array(leaf)}
+            if kinds and not isinstance(output, Module):  # such as self, which does not cross
+                strays.append(f"{_site(path, graph.modules[path])} returned {sorted(kinds)}")
+        if strays:
             raise TypeError(f"{plan.fn_name!r} of {'; of '.join(strays)}, which cannot cross a "
                             "vmapped call; return arrays, or pytrees of arrays")
-        output_paths.extend(outputs)
-        was_mapped = {id(box): path in own for path, box in before.items()}
-        groups: Any = {}, {}, {}  # per member; shared by all; the first member's, for all
+        output_paths.extend(path for path in outputs if not isinstance(outputs[path], Module))
+        existing = {id(box): path in own for path, box in before.items()}
+        shared = {path for path, box in after.items() if existing.get(id(box)) is False}
         for path, box in after.items():
-            if id(box) in was_mapped:
-                groups[0 if was_mapped[id(box)] else 1][path] = box
-            else:
+            if id(box) not in existing:
                 box.tag = state_tag if box.tag is None else box.tag
-                groups[2 if excluded(path, box) else 0][path] = box
-        mine, common, first = map(_tree_from_boxes, groups)
-        result = [*outputs.values()], mine, common, first
-        return result, lambda tree: () if tree is common else tree
+                if excluded(path, box):
+                    of_first.add(path)
+        new = _tree_from_boxes(after)
 
-    outputs, mine, common, first = _map_members(
-        run, own, plan.args, in_axes, axis_size, axis_name, key)
-    return dict(zip(output_paths, outputs)), mine | common | member(first, 0)
+        def is_own(tree: StateTree) -> Filter:  # all of a tree that a method returned
+            return (lambda path, box: path not in shared) if tree is new else ...
+
+        return ([outputs[path] for path in output_paths], new), is_own
+
+    outputs, new = _map_members(run, own, plan.args, in_axes, axis_size, axis_name, key)
+    first, others = partition(new, lambda path, box: path in of_first)
+    return dict(zip(output_paths, outputs)), others | member(first, 0)
 
 
 def vmap_apply(module: Module, state: StateTree, *args: Any, in_axes: Any = 0,
@@ -1328,8 +1303,8 @@ def vmap_apply(module: Module, state: StateTree, *args: Any, in_axes: Any = 0,
     >>> vmap_apply(Square(), StateTree({}), jnp.arange(3))[0]
     Array([0, 1, 4], dtype=int32)
     """
-    _check_call(method, kwargs, "raise", key)
-    graph, plan = _walk(module), _plan({(): module}, method, args, _with_key(kwargs, key))
+    graph, plan = _walk(module), _plan({(): module}, method, args, kwargs, key=key)
+    plan = plan._replace(key=None, steps={(): False})  # the key goes in by `kwargs`, as it is
     outputs, state = _call_members(graph, state, plan, key, in_axes, axis_size, axis_name)
     return outputs.get(()), state
 
@@ -1342,7 +1317,7 @@ def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (),
     """Call a method on every node, once per member: ``(outputs, state)``, with a new tree.
 
     Mapped states are seen one member at a time; the others, and those that match
-    ``state_to_exclude``, are shared by all. A state created during the call gains an axis of
+    ``state_to_exclude``, are shared. A state created during the call gains an axis of
     ``axis_size``, by default that of the mapped states or arguments, and the tag ``state_tag`` if
     it has none; if it matches ``state_to_exclude``, all share the value of the first member.
     ``in_axes`` maps ``args``, by default shared; ``axis_name`` names the axis, as for
@@ -1369,8 +1344,8 @@ def vmap_init(module: Any, *args: Any, axis_size: int | None = None, axis_name: 
     Warns (`UserWarning`) if no state is mapped then; `vmap` builds members from a constructor.
 
     >>> class Cell(Module):
-    ...     def init_state(self, key): self.h = HiddenState(jax.random.normal(key, (3,)))
-    >>> vmap_init(Cell(), axis_size=4, key=jax.random.key(0))['h'].shape
+    ...     def init_state(self): self.h = HiddenState(jnp.zeros(3))
+    >>> vmap_init(Cell(), axis_size=4)['h'].shape
     (4, 3)
     """
     _, state = vmap_call_all(
@@ -1401,18 +1376,14 @@ def vmap_reset(module: Any, state: StateTree, *args: Any, axis_size: int | None 
         module, state, "reset_state", args, kwargs, axis_size=axis_size, axis_name=axis_name,
         in_axes=in_axes, node_to_exclude=node_to_exclude, state_to_exclude=state_to_exclude,
         state_tag=state_tag, key=key)
-    old = dict(_tree_leaves(state))
-    leaves = [_placed(leaf, old.get(path)) for path, leaf in _tree_leaves(new)]
+    old, leaves = dict(_tree_leaves(state)), []
+    for path, leaf in _tree_leaves(new):
+        here, there = (getattr(each, "sharding", None) for each in (leaf, old.get(path)))
+        if here and there and leaf.shape == old[path].shape and (  # traced: no sharding
+                len(there.device_set) > len(here.device_set) == 1):
+            leaf = jax.device_put(leaf, there)
+        leaves.append(leaf)
     return _tree_from_rows(_rows(jax.tree.unflatten(jax.tree.structure(new), leaves)))
-
-
-def _placed(leaf: Any, old: Any) -> Any:
-    """A leaf; if it left several devices for a single one, with the sharding that it had."""
-    here, there = (getattr(each, "sharding", None) for each in (leaf, old))
-    if leaf is old or here is None or there is None or leaf.shape != old.shape:  # traced: no sharding
-        return leaf
-    spread = len(there.device_set) > len(here.device_set) == 1
-    return jax.device_put(leaf, there) if spread else leaf
 
 
 def stack(*states: StateTree) -> StateTree:
@@ -1428,9 +1399,9 @@ def stack(*states: StateTree) -> StateTree:
 
 
 def member(state: StateTree, i: Any) -> StateTree:
-    """Member ``i`` of an ensemble as a single tree. A JAX array ``i`` is clamped, as by JAX.
+    """Member ``i`` of an ensemble as a single tree; a JAX array ``i`` is clamped, as by JAX.
 
-    Raises `TypeError` unless ``i`` is one integer, and `IndexError` if it is out of range.
+    `TypeError` unless ``i`` is one integer, `IndexError` if it is out of range.
 
     >>> member(stack(*[StateTree({'h': HiddenState(float(i))}) for i in range(3)]), -1)['h'].item()
     2.0
@@ -1464,28 +1435,29 @@ def _given(value: Any, path: Path) -> list[tuple[Path, Any]]:
 
 
 def _fits(new: Any, old: Any) -> bool:
-    """Whether an array has the shape of a leaf, and loses nothing of note by a cast to its dtype."""
+    """Whether an array has the shape of a leaf, and can be cast to its dtype without much loss."""
     def rank(dtype: Any) -> int:
         kinds = (np.bool_, np.integer, np.floating, np.complexfloating)  # each fits the later ones
         return next((i for i, kind in enumerate(kinds) if jnp.issubdtype(dtype, kind)), 4)
 
     if new.shape != old.shape or new.dtype == old.dtype or not _is_array(new):
         return bool(new.shape == old.shape and new.dtype == old.dtype)
-    if rank(new.dtype) != 1 or rank(old.dtype) in (0, 4):
-        return rank(new.dtype) <= rank(old.dtype) < 4
+    source, target = rank(new.dtype), rank(old.dtype)
+    if source != 1 or target in (0, 4):
+        return source <= target < 4
     info: Any = {1: jnp.iinfo, 2: jnp.finfo, 3: jnp.finfo}
-    number, limits = int if rank(old.dtype) == 1 else float, info[rank(old.dtype)](old.dtype)
-    low, high, ints = number(limits.min), number(limits.max), info[1](new.dtype)
+    limits, ints = info[target](old.dtype), info[1](new.dtype)
+    low, high = int(limits.min), int(limits.max)
     if low <= ints.min and ints.max <= high:
         return True
     with contextlib.suppress(jax.errors.TracerArrayConversionError):  # while tracing, none can tell
-        all_of_them = np.asarray(new)
-        return not new.size or low <= int(all_of_them.min()) and int(all_of_them.max()) <= high
+        numbers = np.asarray(new)
+        return not new.size or low <= int(numbers.min()) and int(numbers.max()) <= high
     return False
 
 
 def _fitted(new: Any, old: Any) -> Any:
-    """A value with the dtype of a leaf and, if on a device, its sharding; None if it does not fit."""
+    """A value with the dtype and, if a JAX array, sharding of a leaf; None if it does not fit."""
     if _is_key(old) and not _is_key(new):
         new = _fitted(new, jax.random.key_data(old))
         if new is None:
@@ -1506,15 +1478,14 @@ def _fitted(new: Any, old: Any) -> Any:
 
 
 def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
-    """Load values into a tree by name: ``(state, unexpected, missing)``, with a new tree.
+    """Load values into a tree by name: a named tuple ``(state, unexpected, missing)``.
 
     A snapshot is a state tree, or a mapping from paths or dotted names to values, leaves or nested
-    dicts: all reach the leaf that has the dotted name. Later snapshots win. Each leaf keeps the
-    dtype, shape and sharding that it had. ``unexpected`` has keys as they were written, or paths
-    of extra leaves of a state; ``missing`` has paths of states, or of leaves of a state that was
-    given in part; the result is a named tuple. Raises one `ValueError` that lists every leaf of
-    another shape, of a kind or with an integer that does not fit (float into int, 200 into int8),
-    or that is no array; `TypeError` for what is no mapping.
+    dicts: all reach the leaf that has the dotted name. Later snapshots win. Each leaf keeps its
+    dtype, shape and sharding. ``unexpected`` has keys as they were written, or paths of extra
+    leaves of a state; ``missing`` has paths of states, or of leaves of a state given in part.
+    Raises one `ValueError` that lists every leaf of another shape, of a kind or with an integer
+    that does not fit (float into int, 200 into int8), or that is no array.
 
     >>> tree = StateTree({'W': ParamState({'bias': 0., 'weight': 1.})})
     >>> tree, unexpected, missing = assign(tree, {'W.bias': np.float64(2), 'V': np.ones(2)})
@@ -1531,7 +1502,7 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
         for key, value in each.items():
             given = _given(value, _as_path(key))
             found = {paths[name]: leaf for path, leaf in given if (name := _dotted(path)) in paths}
-            extra = [path for path, leaf in given if _dotted(path) not in paths and leaf is not None]
+            extra = [path for path, leaf in given if not (leaf is None or _dotted(path) in paths)]
             new.update(found)
             unexpected += extra if found else [key] if extra or key not in state else []
     fitted = {path: _fitted(leaf, old[path]) for path, leaf in new.items()}
@@ -1540,7 +1511,7 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
         raise ValueError(f"nothing was assigned, since values do not fit: {'; '.join(unfit)}")
     host = {path: leaf for path, leaf in fitted.items() if isinstance(leaf, np.ndarray)}
     shardings = [getattr(old[path], "sharding", None) for path in host]
-    default = getattr(jax.device_put(np.zeros(())), "sharding", None)  # arrays there stay free to move
+    default = getattr(jax.device_put(np.zeros(())), "sharding", None)  # arrays there may move
     fitted |= zip(host, jax.device_put([*host.values()], [
         None if each == default else each for each in shardings]))
     missing: list[Path] = []
@@ -1572,14 +1543,13 @@ def call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Mapping[str, A
     return target
 
 
-def vmap_call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Mapping[str, Any] | None = None,
-                      axis_size: int | None = None, node_to_exclude: Filter = None,
-                      state_tag: Hashable = None, fn_if_not_exist: str = "raise", *,
-                      in_axes: Any = None, axis_name: Hashable = None,
-                      state_to_exclude: Filter = None, key: Key = None) -> T:
-    """`vmap_call_all` whose states, and nothing else, are written into the target.
-
-    States that a method drops stay.
+def vmap_call_all_fns(target: T, fn_name: str, args: Any = (),
+                      kwargs: Mapping[str, Any] | None = None, axis_size: int | None = None,
+                      node_to_exclude: Filter = None, state_tag: Hashable = None,
+                      fn_if_not_exist: str = "raise", *, in_axes: Any = None,
+                      axis_name: Hashable = None, state_to_exclude: Filter = None,
+                      key: Key = None) -> T:
+    """`vmap_call_all` whose states alone are written into the target; dropped states stay.
 
     >>> class Cell(Module):
     ...     def start(self, key): self.h = HiddenState(jax.random.normal(key, (3,)))
@@ -1663,51 +1633,12 @@ def assign_state_values(target: Any, *state_by_abs_path: Mapping[Any, Any],
 
 
 def _demonstrate() -> None:
-    """Run these lines, as a person would type them.
-
-    >>> class Cell(Module):
-    ...     def init_state(self, *, key):                   # what it creates is one per member
-    ...         self.w = ParamState(0.5 * jax.random.normal(key, (8, 9)))
-    ...         self.h = HiddenState(jnp.zeros(8))
-    ...     def reset_state(self):                          # written for a single model
-    ...         self.h.value = jnp.zeros(8)
-    ...     def update(self, x):
-    ...         self.h.value = jnp.tanh(self.w.value @ jnp.append(self.h.value, x))
-    ...         return self.h.value[0]
-    >>> model, wave = Cell(), jnp.sin(jnp.arange(40) / 3)
-    >>> state = vmap_init(model, axis_size=3, key=jax.random.key(0))
-    >>> params, rest = partition(state, ParamState)
-    >>> params
-    path  kind        value           mapped
-    w     ParamState  float32[3,8,9]  1
-    1 leaves, 216 numbers, 864 B
-    >>> def losses(params):                                 # of each member, to foretell the wave
-    ...     step = lambda state, x: vmap_apply(model, state, x, in_axes=None)[::-1]
-    ...     _, outputs = jax.lax.scan(step, params | rest, wave[:-1])
-    ...     return jnp.mean((outputs - wave[1:, None]) ** 2, axis=0)
-    >>> def descend(params, _):
-    ...     slopes = jax.grad(lambda params: losses(params).sum())(params)
-    ...     return jax.tree.map(lambda p, slope: p - 0.1 * slope, params, slopes), losses(params)
-    >>> params, history = jax.jit(lambda p: jax.lax.scan(descend, p, length=200))(params)
-    >>> history[0], history[-1]                             # before and after
-    (Array([...], dtype=float32), Array([...], dtype=float32))
-    >>> _, state = vmap_apply(model, params | rest, jnp.ones(3))
-    >>> state = where(jnp.array([True, False, True]), vmap_reset(model, state), state)
-    >>> jnp.abs(state['h']).max(axis=1) > 0                 # whose episode goes on
-    Array([False,  True, False], dtype=bool)
-    >>> saved = flat_dict(state)                            # {'h': ..., 'w': ...}, for np.savez
-    >>> assign(state, {'w': saved['w'][0]})
-    Traceback (most recent call last):
-    ValueError: nothing was assigned, since values do not fit: 'w' expected float32[3,8,9], got ...
-    >>> state, unexpected, missing = assign(vmap_init(model, axis_size=3, key=jax.random.key(1)), saved)
-    >>> unexpected, missing, bool((state['w'] == saved['w']).all())
-    ([], [], True)
-    """
+    """Run the example of this file, as a person would type it."""
     import doctest
 
     names = dict(globals())
     np.set_printoptions(precision=3)
-    for example in doctest.DocTestParser().get_examples(_demonstrate.__doc__ or ""):
+    for example in doctest.DocTestParser().get_examples(__doc__ or ""):
         print(">>> " + example.source.rstrip().replace("\n", "\n... "))
         try:
             exec(compile(example.source, "<demonstration>", "single"), names)
