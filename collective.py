@@ -336,9 +336,9 @@ _ROLES = _Roles()
 
 
 def _inside(holder: Any) -> dict[Any, Any]:
-    """What a module or container holds, by name, key or index, whatever a subclass overrides."""
+    """What a module, state or container holds, by name, key or index, whatever it overrides."""
     role = _ROLES[type(holder)]
-    if role is Module:
+    if role is Module or role is State:
         return holder.__dict__  # type: ignore[no-any-return]
     return dict(role.items(holder) if issubclass(role, dict) else enumerate(role.__iter__(holder)))
 
@@ -658,13 +658,16 @@ def flat_dict(state: StateTree) -> dict[str, Any]:
 
 def _check_alike(*states: StateTree) -> None:
     """Refuse trees that differ in more than the numbers in their leaves."""
-    first, *others = [{path: (entry, jax.tree.structure(value), [
-        (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")])
-        for path, (entry, value) in _rows(state).items()} for state in states]
-    if unlike := {path for each in others for path in first | each
-                  if first.get(path) != each.get(path)}:
-        raise ValueError("only the values of the trees may differ, not states, kinds, tags, mapped "
-                         f"counts, shapes or dtypes, as at {[*map(_dotted, _in_order(unlike))]}")
+    rows, looks = [*map(_rows, states)], [(jax.tree.structure(state), [
+        (np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in jax.tree.leaves(state)])
+        for state in states]
+    if all(look == looks[0] for look in looks):
+        return
+    first, *others = [{path: (entry, jax.tree.structure(value), _described(value))
+                       for path, (entry, value) in each.items()} for each in rows]
+    unlike = {path for each in others for path in first | each if first.get(path) != each.get(path)}
+    raise ValueError("only the values of the trees may differ, not states, kinds, tags, mapped "
+                     f"counts, shapes or dtypes, as at {[*map(_dotted, _in_order(unlike))]}")
 
 
 def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
@@ -709,9 +712,9 @@ def snapshot(module: Any) -> StateTree:
 
 
 def _refill(holder: Any, parts: dict[Any, Any]) -> None:
-    """Make a module, list or dict hold these parts and nothing else."""
+    """Make a module, state, list or dict hold these parts and nothing else."""
     role = _ROLES[type(holder)]
-    inside, methods = (holder.__dict__, dict) if role is Module else (holder, role)
+    inside, methods = (holder.__dict__, dict) if role in (Module, State) else (holder, role)
     methods.clear(inside)
     if role is list:
         list.extend(inside, parts.values())
@@ -722,21 +725,27 @@ def _refill(holder: Any, parts: dict[Any, Any]) -> None:
 
 def _all_or_nothing(graph: _Graph, run: Callable[[], Any]) -> None:
     """Run, and if it raises put a graph, and the kinds and values of its states, back as before."""
-    holders = [*graph.modules.values(), *graph.containers.values()]
-    held = [_inside(holder).copy() for holder in holders]
-    boxes = [*graph.states.values()]
-    kinds, attributes = [*map(type, boxes)], [box.__dict__.copy() for box in boxes]
-    for each in attributes:
-        if "value" in each and not isinstance(each["value"], jax.Array):
-            each["value"] = jax.tree.map(
-                lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, each["value"])
+    things = [thing for things in graph[1:4] for thing in things.values()]
+    kinds = [*map(type, things)]
+    saved: list[Any] = []  # one flat list, since many dicts would wake the garbage collector
+    for inside in map(_inside, things):
+        saved.append(len(inside))
+        saved.extend(inside)
+        saved.extend(inside.values())
+    values = [(box, jax.tree.map(lambda leaf: np.copy(leaf) if type(leaf) is np.ndarray else leaf,
+                                 box.value)) for box in graph.states.values()
+              if "value" in box.__dict__ and not isinstance(box.value, jax.Array)]
     try:
         run()
     except BaseException:
-        for holder, parts in zip(holders, held):
-            _refill(holder, parts)
-        for box, kind, each in zip(boxes, kinds, attributes):
-            box.__class__, box.__dict__ = kind, each
+        rest: Any = iter(saved)
+        for thing, kind in zip(things, kinds):
+            names = [next(rest) for _ in range(next(rest))]
+            _refill(thing, dict(zip(names, rest)))
+            if type(thing) is not kind:
+                thing.__class__ = kind
+        for box, value in values:
+            box.value = value
         raise
 
 
