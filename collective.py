@@ -189,6 +189,17 @@ def _is_key(leaf: Any) -> bool:
     return not isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
+def _sharding(leaf: Any) -> Any:
+    """Where an array lies; None if it is traced, when asking it would describe the whole trace."""
+    return getattr(leaf, "sharding", None) if isinstance(leaf, _concrete()) else None
+
+
+@functools.cache
+def _concrete() -> tuple[type, ...]:
+    with jax.ensure_compile_time_eval():
+        return type(jnp.zeros(())), type(jax.random.key(0))
+
+
 def _warn(message: str) -> None:
     """Warn at the line that called this file."""
     files = [frame.filename for frame in inspect.stack(0)]
@@ -360,35 +371,34 @@ def _walk(root: Any) -> _Graph:
     if strays := sorted({type(each).__name__ for each in held
                          if roles[type(each)] in (None, State, types.MethodType)}):
         raise TypeError(f"expected a module, or a list, tuple or dict of modules; got {strays}")
-    graph, odd = _Graph(root, {}, {}, {}, {}), []
-    seen: dict[int, Path] = {id(root): ()}
-    stack: list[tuple[Path, Any, Iterator[Any]]] = [((), root, iter(_inside(root).items()))]
+    graph, seen = _Graph(root, {}, {}, {}, {}), {id(root): Path()}
+    stack: list[tuple[Path, Any, Iterator[Any], Any]]  # `odd` has a key that no path may have
+    stack = [((), root, iter(_inside(root).items()), None)]
     while stack:
-        path, holder, parts = stack[-1]
+        path, holder, parts, odd = stack[-1]
         for name, part in parts:
             role = roles[type(part)]
             if role is None or role is types.MethodType:
                 continue
+            here, bad = path + (name,), odd
             if type(name) is not str and type(name) is not int and not _is_step(name):
-                odd.append(path + (name,))
-            here = path + (name,)
+                bad = odd or here
+            if bad and (role is Module or role is State):
+                raise TypeError("a key on the way to a state or module is a str, an int or a tuple "
+                                f"of these; got {bad[-1]!r} ({type(bad[-1]).__name__}) at {bad}")
             if (first := seen.setdefault(id(part), here)) is not here:
                 if role is not Module:
                     graph.aliases[here] = first
             elif role is State:
                 graph.states[here] = part
             else:
-                stack.append((here, part, iter(_inside(part).items())))
+                stack.append((here, part, iter(_inside(part).items()), bad))
                 break
         else:
             stack.pop()
             role = roles[type(holder)]
             if role is not tuple:
                 (graph.modules if role is Module else graph.containers)[path] = holder
-    for path in odd:
-        if any(below[:len(path)] == path for below in (*graph.modules, *graph.states)):
-            raise TypeError("a key on the way to a state or module is a str, an int or a tuple of "
-                            f"these; got {path[-1]!r} ({type(path[-1]).__name__}) at {path}")
     return graph
 
 
@@ -831,6 +841,18 @@ def _emptied(thing: Any, *items: Any) -> Any:
     return new
 
 
+def _copy_of(part: Any, copies: dict[int, Any]) -> Any:
+    """The copy of a part: also of a tuple or a bound method that has to do with a copy."""
+    role = _ROLES[type(part)]
+    if role is tuple and id(part) not in copies:
+        new = [_copy_of(each, copies) for each in tuple.__iter__(part)]
+        changed = [*map(id, new)] != [*map(id, tuple.__iter__(part))]
+        copies[id(part)] = _emptied(part, new) if changed else part
+    if role is types.MethodType and id(part.__self__) in copies:
+        return types.MethodType(part.__func__, copies[id(part.__self__)])
+    return copies.get(id(part), part)
+
+
 def _copied(graph: _Graph, state: StateTree) -> _Graph:
     """A private copy of a graph, filled from a tree; all but what the walk finds is shared."""
     rows = _rows(state)
@@ -838,21 +860,10 @@ def _copied(graph: _Graph, state: StateTree) -> _Graph:
         raise ValueError(f"the state tree lacks {_sites(graph.states, lacking)}, which the module "
                          "has; pass the whole tree, such as `params | rest`")
     copies = {id(thing): _emptied(thing) for things in graph[1:4] for thing in things.values()}
-
-    def copied(part: Any) -> Any:
-        """The copy of a part: also of a tuple or a bound method that has to do with a copy."""
-        role = _ROLES[type(part)]
-        if role is tuple and id(part) not in copies:
-            new = [copied(each) for each in tuple.__iter__(part)]
-            changed = [*map(id, new)] != [*map(id, tuple.__iter__(part))]
-            copies[id(part)] = _emptied(part, new) if changed else part
-        if role is types.MethodType and id(part.__self__) in copies:
-            return types.MethodType(part.__func__, copies[id(part.__self__)])
-        return copies.get(id(part), part)
-
     for holder in (*graph.modules.values(), *graph.containers.values()):
-        _refill(copies[id(holder)], {name: copied(part) for name, part in _inside(holder).items()})
-    copy = _Graph._make([copied(graph.root), *[
+        _refill(copies[id(holder)], {name: _copy_of(part, copies)
+                                     for name, part in _inside(holder).items()})
+    copy = _Graph._make([_copy_of(graph.root, copies), *[
         {path: copies[id(part)] for path, part in parts.items()} for parts in graph[1:4]], {}])
     _fill(copy, rows)
     return copy
@@ -1008,12 +1019,15 @@ def _run(plan: _Plan, graph: _Graph) -> Outputs:
             raise
         if output is not None:
             outputs[path] = output
-    changed = []
+    changed, after = [], {}
+    if before and plan.fn_name != "init_state":  # which may begin anew, with other members
+        after = _walk(graph.root).states
     for path, (mark, old) in before.items():
-        for leaf_path, shape in _shapes(path, graph.states[path]).items():
+        box = after.get(path, graph.states[path])
+        for leaf_path, shape in _shapes(path, box).items():
             was = old.get(leaf_path, next(iter(old.values()), shape)[:mark])
-            if len(shape) < len(was) or shape[:mark] != was[:mark]:
-                changed.append(_site(leaf_path, graph.states[path]))
+            if box.mapped < mark or len(shape) < len(was) or shape[:mark] != was[:mark]:
+                changed.append(_site(leaf_path, box))
     if changed:
         name = plan.fn_name
         form = {"init_state": "vmap_init", "reset_state": "vmap_reset"}.get(name, "vmap_call_all")
@@ -1182,7 +1196,8 @@ def _map_members(run: Callable[..., Any], state: StateTree, args: tuple[Any, ...
                          f"arguments; got {size!r}")
     keys = None if key is None else jax.random.split(key, int(size))
     # A batching rule sees what is batched by the innermost vmap that batches any operand, and
-    # `index` is batched by the one below.
+    # `index` is batched by the one below: a mapped leaf if there is one, sharded as the others.
+    index = next(iter(jax.tree.leaves(state)), jnp.arange(size))
     same_for_all = jax.custom_batching.custom_vmap(lambda index, common: common)
 
     @same_for_all.def_vmap
@@ -1205,7 +1220,7 @@ def _map_members(run: Callable[..., Any], state: StateTree, args: tuple[Any, ...
 
     result, common = jax.vmap(
         run_member, in_axes=(0, 0, 0, axes), out_axes=(0, None), axis_size=int(size),
-        axis_name=axis_name)(jnp.arange(size), keys, _with_axes(state, -1), args)
+        axis_name=axis_name)(index, keys, _with_axes(state, -1), args)
     leaves, structure = jax.tree.flatten(result, is_leaf=_is_tree)
     return jax.tree.unflatten(structure, [_with_axes(leaf, +1) | rest if _is_tree(leaf) else leaf
                                           for leaf, rest in zip(leaves, common)])
@@ -1387,7 +1402,7 @@ def vmap_reset(module: Any, state: StateTree, *args: Any, axis_size: int | None 
         state_tag=state_tag, key=key)
     old, leaves = dict(_tree_leaves(state)), []
     for path, leaf in _tree_leaves(new):
-        here, there = (getattr(each, "sharding", None) for each in (leaf, old.get(path)))
+        here, there = _sharding(leaf), _sharding(old.get(path))
         if here and there and leaf.shape == old[path].shape and (  # traced: no sharding
                 len(there.device_set) > len(here.device_set) == 1):
             leaf = jax.device_put(leaf, there)
@@ -1456,7 +1471,7 @@ def _fits(new: Any, old: Any) -> bool:
         return source <= target < 4
     info: Any = {1: jnp.iinfo, 2: jnp.finfo, 3: jnp.finfo}
     limits, ints = info[target](old.dtype), info[1](new.dtype)
-    low, high = int(limits.min), int(limits.max)
+    low, high = map(int if target == 1 else float, (limits.min, limits.max))
     if low <= ints.min and ints.max <= high:
         return True
     with contextlib.suppress(jax.errors.TracerArrayConversionError):  # while tracing, none can tell
@@ -1482,7 +1497,7 @@ def _fitted(new: Any, old: Any) -> Any:
         return np.array(new, old.dtype)  # a copy, whose memory JAX may go on using
     if new.dtype != old.dtype or getattr(new, "weak_type", False):
         new = jnp.asarray(new, old.dtype)
-    here, there = getattr(new, "sharding", None), getattr(old, "sharding", None)
+    here, there = _sharding(new), _sharding(old)
     return new if None in (here, there) or here == there else jax.device_put(new, there)
 
 
@@ -1519,8 +1534,8 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
                  for path in _in_order(fitted) if fitted[path] is None]:
         raise ValueError(f"nothing was assigned, since values do not fit: {'; '.join(unfit)}")
     host = {path: leaf for path, leaf in fitted.items() if isinstance(leaf, np.ndarray)}
-    shardings = [getattr(old[path], "sharding", None) for path in host]
-    default = getattr(jax.device_put(np.zeros(())), "sharding", None)  # arrays there may move
+    shardings = [_sharding(old[path]) for path in host]
+    default = _sharding(jax.device_put(np.zeros(())))  # arrays that lie there may move
     fitted |= zip(host, jax.device_put([*host.values()], [
         None if each == default else each for each in shardings]))
     missing: list[Path] = []

@@ -4679,6 +4679,123 @@ def test_a_look_up_that_fails_in_a_deep_tree_takes_no_seconds():
     assert tree.get("nothing") is None
     assert time.perf_counter() - start < 1
 
+# ---- Memory, time and meshes ---------------------------------------------------------------------
+
+
+def test_a_pure_call_leaves_nothing_for_the_garbage_collector():
+    model = Sequential(VanillaRNN(3, 3), Linear(3, 3))
+    state = init(model)
+    gc.collect()
+    gc.disable()
+    try:
+        for call in (lambda: apply(model, state, jnp.ones(3)), lambda: reset(model, state)):
+            call()
+            before = len([each for each in gc.get_objects() if isinstance(each, VanillaRNN)])
+            call()
+            after = len([each for each in gc.get_objects() if isinstance(each, VanillaRNN)])
+            assert after == before
+    finally:
+        gc.enable()
+
+
+def calls_made(function):
+    """How many calls a call leads to: host time that does not depend on the machine."""
+    count = 0
+
+    def note(frame, event, arg):
+        nonlocal count
+        count += 1
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_tracing_a_vmapped_reset_grows_with_the_model_alone():
+    def work(number):
+        models = [Cheap(jnp.ones(8)) for _ in range(number)]
+        state = stack(*[snapshot(models)] * 2)
+        jax.jit(lambda state: vmap_reset(models, state)).lower(state)  # compiles the parts
+        return calls_made(lambda: jax.jit(lambda state: vmap_reset(models, state)).lower(state))
+
+    assert work(80) < 5 * work(20)
+
+
+@pytest.mark.skipif(not hasattr(jax.sharding, "AxisType"), reason="a mesh has no kinds of axes yet")
+def test_members_on_a_mesh_with_explicit_axes_are_stepped_and_reset():
+    mesh = jax.make_mesh((8,), ("member",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("member"))
+    model = VanillaRNN(3, 3)
+    hidden, rest = partition(vmap_init(model, axis_size=8), HiddenState)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state = jax.device_put(hidden, spread) | jax.device_put(rest, everywhere)
+    x = jax.device_put(jnp.ones((8, 3)), spread)
+    outputs, after = vmap_apply(model, state, x)
+    assert same(outputs, vmap_apply(model, hidden | rest, jnp.ones((8, 3)))[0], exact=False)
+    assert not vmap_reset(model, after)["h"].any()
+
+
+class Remaker(Module):
+    """Makes its state anew where others only write it."""
+
+    def init_state(self, *, key):
+        self.h = HiddenState(jax.random.normal(key, (3,)))
+
+    def reset_state(self, *, key):
+        self.h = HiddenState(jax.random.normal(key, (3,)))
+
+
+def test_a_plain_call_that_makes_a_mapped_state_anew_is_refused():
+    state = vmap_init(Remaker(), axis_size=3, key=KEY)
+    with pytest.raises(ValueError, match=r"leading axes of 'h' \(HiddenState\).*vmap_reset"):
+        reset(Remaker(), state, key=KEY)
+    model = vmap_init_all_states(Remaker(), axis_size=3, key=KEY)
+    before = frozen(model)
+    with pytest.raises(ValueError, match=r"leading axes of 'h' \(HiddenState\).*vmap_reset"):
+        reset_all_states(model, key=KEY)
+    assert frozen(model) == before
+    assert same(vmap_reset(Remaker(), state, key=KEY), state)
+    init_all_states(model, key=KEY)  # begins anew, as for another number of members
+    assert (model.h.mapped, model.h.value.shape) == (0, (3,))
+
+
+def test_a_model_with_second_names_is_put_back():
+    class Tied(Module):
+        def __init__(self):
+            self.first = self.second = State(np.zeros(2))
+            self.table = self.alias = {"k": [State(np.ones(2))]}
+            self.child = Sequential(Relu())
+            self.child.parent = self
+
+        def wreck(self):
+            self.first.value += 1
+            self.alias["k"].clear()
+            self.second = self.table = None
+            raise ValueError("half way")
+
+    model = Tied()
+    before = frozen(model)
+    with pytest.raises(ValueError, match="half way"):
+        call_all_fns(model, "wreck", fn_if_not_exist="pass")
+    assert frozen(model) == before and model.first is model.second and model.table is model.alias
+
+
+def test_integers_are_loaded_into_every_kind_of_number_that_has_room():
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.complex64, jnp.int8, jnp.uint32):
+        tree = assign(tree_of(a=jnp.zeros(2, dtype)), {"a": np.array([1, 100])}).state
+        assert tree["a"].dtype == dtype and [*map(complex, raw(tree["a"]))] == [1, 100]
+    traced = jax.jit(lambda new: assign(tree_of(a=jnp.zeros(2, jnp.uint16)), {"a": new}).state)
+    assert traced(jnp.array([0, 255], jnp.uint8))["a"].tolist() == [0, 255]
+
+
+def test_keys_of_another_kind_are_refused():
+    other = jax.random.key(0, impl="rbg")
+    with pytest.raises(ValueError, match=r"'k' expected key<fry>\[\], got key<rbg>\[\]"):
+        assign(tree_of(k=KEY), {"k": other})
+
 
 # ---- The life cycle of the documented API --------------------------------------------------------
 
