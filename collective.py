@@ -139,7 +139,7 @@ def _order(path: Any) -> list[tuple[int, Any]]:
 
 def _in_order(paths: Collection[Path]) -> list[Path]:
     try:
-        return sorted(paths)  # the same order, only faster, where an int meets no string
+        return sorted(paths)  # the same order, only faster, unless steps are tuples
     except TypeError:
         return sorted(paths, key=_order)
 
@@ -319,7 +319,7 @@ class Module:
     def __repr__(self) -> str:
         graph = _walk(self)
         texts = {path: type(node).__name__ for path, node in graph.modules.items()} | graph.states
-        lines, above = [f"{texts.pop(())}"], [Path()]  # the paths of the lines that one is under
+        lines, above = [str(texts.pop(()))], [Path()]  # the paths of the lines that one is under
         for path in _in_order(texts):
             while path[:len(above[-1])] != above[-1]:
                 above.pop()
@@ -331,7 +331,8 @@ class Module:
 class _Roles(dict[type, Any]):
     """By type, the class whose methods the walk uses; None for what it passes over.
 
-    Remembered, since checks of types took half of the time of a walk.
+    Remembered, since checks of types took half of the time of a walk. A new kind of holder goes
+    here, and into `_walk` (the root), `_inside`, `_refill`, `_emptied` and `_attach`.
     """
 
     def __missing__(self, kind: type) -> Any:
@@ -361,7 +362,10 @@ class _Graph(NamedTuple):
     modules: dict[Path, Module]  # children before parents
     containers: dict[Path, Any]  # lists and dicts, for tuples cannot change
     states: dict[Path, State]
-    aliases: dict[Path, Path]  # further paths of states and containers, with the first
+    aliases: dict[Path, Path]  # further paths of states, lists, dicts and tuples, with the first
+
+    def things(self) -> list[Any]:
+        return [*self.modules.values(), *self.containers.values(), *self.states.values()]
 
 
 def _walk(root: Any) -> _Graph:
@@ -635,11 +639,10 @@ def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
     >>> list(params), list(rest)
     ([('w',)], [('h',)])
     """
-    matching = _filtered(StateTree.states(state), filter)
-    halves: tuple[_Rows, _Rows] = {}, {}
-    for path, row in _rows(state).items():
-        halves[path not in matching][path] = row
-    return _tree_from_rows(halves[0]), _tree_from_rows(halves[1])
+    rows = _rows(state)
+    matching = _filtered(state.states(), filter)
+    rest = {path: row for path, row in rows.items() if path not in matching}
+    return _tree_from_rows({path: rows[path] for path in matching}), _tree_from_rows(rest)
 
 
 def subtree(state: StateTree, path: Path | str) -> StateTree:
@@ -706,7 +709,7 @@ def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
     masks = functools.cache(lambda rank: jnp.expand_dims(mask, tuple(range(mask.ndim, rank))))
     chosen = jax.tree.map(lambda fresh, leaf: leaf if leaf is fresh else jnp.where(
         masks(np.ndim(leaf)), _owned(fresh), _owned(leaf)), new, old)
-    return _tree_from_rows(_rows(chosen))
+    return _tree_from_rows(_rows(chosen))  # since a leaf that was kept may be NumPy's
 
 
 # ---- Copy, snapshot, restore ---------------------------------------------------------------------
@@ -729,13 +732,13 @@ def _refill(holder: Any, parts: dict[Any, Any]) -> None:
     if role is list:
         list.extend(inside, parts.values())
     else:
-        for name, part in parts.items():  # its `update` would call the `__setitem__` of a subclass
+        for name, part in parts.items():  # `OrderedDict.update` would call an overridden method
             methods.__setitem__(inside, name, part)
 
 
 def _all_or_nothing(graph: _Graph, run: Callable[[], Any]) -> None:
     """Run, and if it raises put a graph, and the kinds and values of its states, back as before."""
-    things = [thing for things in graph[1:4] for thing in things.values()]
+    things = graph.things()
     kinds = [*map(type, things)]
     saved: list[Any] = []  # one flat list, since many dicts would wake the garbage collector
     for inside in map(_inside, things):
@@ -751,7 +754,7 @@ def _all_or_nothing(graph: _Graph, run: Callable[[], Any]) -> None:
         rest: Any = iter(saved)
         for thing, kind in zip(things, kinds):
             names = [next(rest) for _ in range(next(rest))]
-            _refill(thing, dict(zip(names, rest)))
+            _refill(thing, dict(zip(names, rest)))  # names first: zip would draw one part too many
             if type(thing) is not kind:
                 thing.__class__ = kind
         for box, value in values:
@@ -781,8 +784,8 @@ def _attach(graph: _Graph, boxes: Mapping[Path, State]) -> None:
     for path, box in boxes.items():
         end = next(end for end in range(len(path), 0, -1) if path[:end - 1] in holders)
         new.setdefault(path[:end], {})[path[end:]] = box
-    with_modules = {Path()} - {*graph.modules}  # containers of modules, and the root if it is one
-    for path in graph.modules:
+    with_modules: set[Path] = set() if () in graph.modules else {()}  # the root, if a container,
+    for path in graph.modules:  # and all containers between two modules
         while path and (path := path[:-1]) not in graph.modules and path not in with_modules:
             with_modules.add(path)
     filled: dict[Path, dict[Any, Any]] = {}
@@ -832,7 +835,7 @@ def restore(module: T, state: StateTree) -> T:
 
 
 def _emptied(thing: Any, *items: Any) -> Any:
-    """A new object of the same class and with the same attributes, but without items of its own."""
+    """A new object of the same class, with the same attributes; a tuple, with the given items."""
     new = _ROLES[type(thing)].__new__(type(thing), *items)
     if attributes := getattr(thing, "__dict__", None):
         new.__dict__.update(attributes)
@@ -859,7 +862,7 @@ def _copied(graph: _Graph, state: StateTree) -> _Graph:
     if lacking := [path for path in graph.states if path not in rows]:
         raise ValueError(f"the state tree lacks {_sites(graph.states, lacking)}, which the module "
                          "has; pass the whole tree, such as `params | rest`")
-    copies = {id(thing): _emptied(thing) for things in graph[1:4] for thing in things.values()}
+    copies = {id(thing): _emptied(thing) for thing in graph.things()}
     for holder in (*graph.modules.values(), *graph.containers.values()):
         _refill(copies[id(holder)], {name: _copy_of(part, copies)
                                      for name, part in _inside(holder).items()})
@@ -929,6 +932,8 @@ def _check_call(fn_name: Any, kwargs: Any, fn_if_not_exist: Any, key: Any) -> No
 
 def _method(node: Any, fn_name: str) -> Any:
     """A method, or None; of the `__call__` of `Module`, the `update` to which it forwards."""
+    if not isinstance(node, Module):
+        return None  # `apply` takes no container, whose own methods these would be
     method = getattr(node, fn_name, None)
     if method is None and inspect.getattr_static(node, fn_name, None) is not None:
         return getattr(node, fn_name)  # a property that raises AttributeError is no missing method
@@ -939,7 +944,7 @@ def _look(method: Any, args: Any, kwargs: Any, key: Key) -> tuple[str | None, fl
     """What is wrong with a call of one method, if anything; its level; whether it gets a key."""
     if not callable(method):
         return _MISSING if method is None else "on {} the attribute {!r} must be callable", 0, False
-    function, parameters, given = getattr(method, "__func__", method), {}, {"key": None}
+    function, parameters, given = getattr(method, "__func__", method), {}, None
     with contextlib.suppress(ValueError, TypeError):  # a builtin that does not tell, or arguments
         signature = inspect.signature(method)         # that the call itself will refuse
         parameters = dict(signature.parameters)
@@ -947,10 +952,12 @@ def _look(method: Any, args: Any, kwargs: Any, key: Key) -> tuple[str | None, fl
     key_of: Any = parameters.get("key")
     named = key_of and key_of.kind in (key_of.POSITIONAL_OR_KEYWORD, key_of.KEYWORD_ONLY)
     fault = None
-    if named and "key" in given and key is not None:
+    if given is None or not named:
+        pass
+    elif "key" in given and key is not None:
         fault = ("{} gets one key for {!r} by position and another by key=; pass one of them, or "
                  "put `key` last or after `*`")
-    elif named and "key" not in given and key is None and key_of.default is key_of.empty:
+    elif "key" not in given and key is None and key_of.default is key_of.empty:
         fault = "{} requires a key for {!r}; pass key=jax.random.key(0)"
     silent = function is Module.init_state or function is Module.reset_state  # do nothing
     takes_key = named or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
@@ -973,15 +980,16 @@ def _plan(nodes: Mapping[Path, Any], fn_name: str, args: Any, kwargs: Mapping[st
         method = _method(node, fn_name)
         function = getattr(method, "__func__", method)
         if id(function) not in looks:
-            fault, level, takes_key = _look(method, args, kwargs, key)
-            alike = levels.setdefault(level, {}) if fault is None else faults.setdefault(fault, {})
-            looks[id(function)] = alike, takes_key, function
-        alike, takes_key, _ = looks[id(function)]
+            looks[id(function)] = *_look(method, args, kwargs, key), function
+        fault, level, takes_key, _ = looks[id(function)]
+        alike = levels.setdefault(level, {}) if fault is None else faults.setdefault(fault, {})
         alike[path] = takes_key
-    for fault, paths in faults.items():
-        text = fault.format(_sites(nodes, paths), fn_name)
-        if fault is not _MISSING or fn_if_not_exist == "raise":
-            raise (AttributeError if fault is _MISSING else TypeError)(text)
+    for fault, alike in faults.items():
+        text = fault.format(_sites(nodes, alike), fn_name)
+        if fault is not _MISSING:
+            raise TypeError(text)
+        if fn_if_not_exist == "raise":
+            raise AttributeError(text)
         if fn_if_not_exist == "warn":
             _warn(text)
     steps = {path: keyed for level in sorted(levels) for path, keyed in levels[level].items()}
@@ -1003,8 +1011,9 @@ def _shapes(path: Path, box: State) -> dict[Path, tuple[int, ...]]:
 
 def _run(plan: _Plan, graph: _Graph) -> Outputs:
     """Run a plan on the modules of a graph; `ValueError` if mapped axes of its states change."""
-    outputs, before = {}, {path: (box.mapped, _shapes(path, box))
-                           for path, box in graph.states.items() if box.mapped}
+    outputs: Outputs = {}
+    before = {path: (box.mapped, _shapes(path, box))
+              for path, box in graph.states.items() if box.mapped}
     for path, takes_key in plan.steps.items():
         node = graph.modules[path]
         try:
@@ -1024,8 +1033,9 @@ def _run(plan: _Plan, graph: _Graph) -> Outputs:
         after = _walk(graph.root).states
     for path, (mark, old) in before.items():
         box = after.get(path, graph.states[path])
+        members = next(iter(old.values()), ())[:mark]  # of which new leaves have to be, too
         for leaf_path, shape in _shapes(path, box).items():
-            was = old.get(leaf_path, next(iter(old.values()), shape)[:mark])
+            was = old.get(leaf_path, members or shape)
             if box.mapped < mark or len(shape) < len(was) or shape[:mark] != was[:mark]:
                 changed.append(_site(leaf_path, box))
     if changed:
@@ -1045,7 +1055,7 @@ def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan,
     """Run a plan on a copy: the outputs, and the boxes before and after, by path."""
     copied = _copied(graph, state)
     outputs, after = _run(plan, copied), _walk(copied.root)
-    known = {id(thing) for things in copied[1:4] for thing in things.values()}
+    known = {*map(id, copied.things())}
     if created := [path for path, node in after.modules.items() if id(node) not in known]:
         raise ValueError(f"{plan.fn_name!r} created modules, {_sites(after.modules, created)}; "
                          "create modules in __init__, states in init_state")
@@ -1148,9 +1158,8 @@ def _sizes(mapped: StateTree) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _apart(args: tuple[Any, ...], in_axes: Any) -> tuple[Any, ...]:
-    """Arguments as members see them, their axes, and the names and sizes of what is mapped.
-
-    Mapped states have a mark less. Then, for each tree, which of its states are mapped.
+    """Arguments as a member sees them, mapped states with a mark less, and the axes of these;
+    names and sizes of all that is mapped; and for each tree, whether each state of it is mapped.
     """
     axes: list[Any] = []
     misfit = f"in_axes is an int or None, or a tuple or tree of these; {in_axes!r} does not fit "
@@ -1233,7 +1242,8 @@ def _per_member(result: StateTree, arguments: list[dict[Path, bool]]) -> Filter:
         said = {mapped[path] for mapped in arguments if path in mapped}
         if len(said) > 1:  # then trees with just these states decide
             said = {mapped[path] for mapped in arguments if mapped.keys() == result.keys()}
-            unclear += [path] if len(said) != 1 else []
+            if len(said) != 1:
+                unclear.append(path)
         if said == {False}:
             shared.add(path)
     if unclear:
@@ -1281,7 +1291,9 @@ def _call_members(graph: _Graph, state: StateTree, plan: _Plan, key: Key, in_axe
     of_first: set[Path] = set()  # new states that all members share, as the first one has them
 
     def run(_: Any, key: Key, own: StateTree, *args: Any) -> Any:
-        kwargs = plan.kwargs if key is None or plan.key is not None else {**plan.kwargs, "key": key}
+        kwargs = plan.kwargs
+        if key is not None and plan.key is None:  # of `vmap_apply`, whose method takes it as it is
+            kwargs = {**kwargs, "key": key}
         outputs, before, after = _run_on_copy(
             graph, own | rest, plan._replace(args=args, key=key, kwargs=kwargs))
         strays = []
@@ -1303,7 +1315,7 @@ def _call_members(graph: _Graph, state: StateTree, plan: _Plan, key: Key, in_axe
                     of_first.add(path)
         new = _tree_from_boxes(after)
 
-        def is_own(tree: StateTree) -> Filter:  # all of a tree that a method returned
+        def is_own(tree: StateTree) -> Filter:  # trees that methods returned are so as a whole
             return (lambda path, box: path not in shared) if tree is new else ...
 
         return ([outputs[path] for path in output_paths], new), is_own
@@ -1648,7 +1660,7 @@ def assign_state_values(target: Any, *state_by_abs_path: Mapping[Any, Any],
     (['v'], [])
     """
     state, unexpected, missing = assign(snapshot(target), *state_by_abs_path)
-    untouched = set(missing)
+    untouched = set(missing)  # which stay the very objects that they are
     restore(target, partition(state, lambda path, box: path not in untouched)[0])
     return unexpected, missing
 

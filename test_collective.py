@@ -4679,6 +4679,32 @@ def test_a_look_up_that_fails_in_a_deep_tree_takes_no_seconds():
     assert tree.get("nothing") is None
     assert time.perf_counter() - start < 1
 
+def test_arguments_that_do_not_fit_are_refused_by_the_method_itself():
+    for call in (lambda: init([GRU(2, 2)], 3, key=KEY), lambda: init([GRU(2, 2)], 3)):
+        with pytest.raises(TypeError, match="init_state.. takes 1 positional argument but 2"):
+            call()
+
+
+def test_the_methods_of_a_container_are_no_methods_of_modules():
+    for call in (apply, vmap_apply):
+        with pytest.raises(AttributeError, match=r"the root \(list\) does not have method 'append'"):
+            call([Relu()], StateTree({}), 1, method="append")
+        with pytest.raises(AttributeError, match=r"the root \(dict\) does not have method 'keys'"):
+            call({"a": Relu()}, StateTree({}), method="keys")
+
+
+def test_an_empty_mapped_state_may_be_filled_by_a_plain_call():
+    class Late(Module):
+        def init_state(self):
+            self.h = HiddenState(None)
+
+        def fill(self):
+            self.h.value = jnp.ones((3, 2))
+
+    state = vmap_init(Late(), axis_size=3)
+    assert apply(Late(), state, method="fill")[1]["h"].shape == (3, 2)
+
+
 # ---- Memory, time and meshes ---------------------------------------------------------------------
 
 
