@@ -203,8 +203,8 @@ def _concrete() -> tuple[type, ...]:
 def _warn(message: str) -> None:
     """Warn at the line that called this file."""
     files = [frame.filename for frame in inspect.stack(0)]
-    level = next((level for level, file in enumerate(files, 1) if file != files[0]), 1)
-    warnings.warn(message, stacklevel=level)
+    outside = (level for level, file in enumerate(files, 1) if file != files[0])
+    warnings.warn(message, stacklevel=next(outside, len(files)))
 
 
 # ---- States and filters --------------------------------------------------------------------------
