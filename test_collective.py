@@ -22,6 +22,7 @@ import importlib.util
 import inspect
 import io
 import itertools
+import json
 import logging
 import pickle
 import random
@@ -83,8 +84,8 @@ jax.config.update("jax_disable_most_optimizations", True)  # half of the time of
 KEY = jax.random.key(0)
 HERE = Path(collective.__file__).parent
 SOURCE = Path(collective.__file__).read_text()
-EXPORTS = jax.version.__version_info__ >= (0, 4, 36)
-needs_export = pytest.mark.skipif(not EXPORTS, reason="jax < 0.4.36 cannot export classes")
+EXPORTS = jax.version.__version_info__ >= (0, 4, 36) and importlib.util.find_spec("flatbuffers")
+needs_export = pytest.mark.skipif(not EXPORTS, reason="jax < 0.4.36, or flatbuffers, which it needs")
 
 
 KINDS = """
@@ -1262,6 +1263,14 @@ def test_where_in_a_nested_ensemble_takes_a_mask_of_agents_or_of_episodes():
 class Kinds:
     class Nested(HiddenState):
         """A kind whose qualified name has a dot."""
+
+
+def test_the_static_part_of_a_tree_goes_through_json_with_its_types():
+    boxes = {("t", (1, "k"), 3): State(1, tag=("t", (1, True))), "h": HiddenState(2, tag=1.0)}
+    for tree in (StateTree(boxes), stack(StateTree(boxes)), StateTree({})):
+        static = jax.tree.structure(tree).node_data()[1]
+        data = collective._to_json(static)
+        assert isinstance(json.loads(data), list) and collective._from_json(data) is static
 
 
 @needs_export
