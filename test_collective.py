@@ -5076,6 +5076,8 @@ def test_bench_prints_the_costs_as_ratios_to_their_limits(tmp_path):
     ensemble, many = stack(state, state), tuple(jnp.stack([leaf, leaf]) for leaf in leaves)
     step_all = Group(twice)
     state, ensemble = snapshot(step_all), stack(*[snapshot(step_all)] * 2)
+    gc.collect()
+    gc.freeze()  # or collections of what was made before fall to one side or the other
     compare("trace and lower apply / on a tuple", lowered(lambda s, x: apply(step_all, s, x), state, x),
             lowered(bare_step, leaves, x), 1.2, rounds=9)
     compare("trace and lower reset / on a tuple", lowered(lambda s: reset(step_all, s), state),
@@ -5083,6 +5085,7 @@ def test_bench_prints_the_costs_as_ratios_to_their_limits(tmp_path):
     compare("trace and lower vmap_apply / jax.vmap",
             lowered(lambda s, x: vmap_apply(step_all, s, x, in_axes=None), ensemble, x),
             lowered(jax.vmap(bare_step, in_axes=(0, None)), many, x), 1.2, rounds=9)
+    gc.unfreeze()
     for number in (100, 1000, 10_000, 100_000):
         nodes = siblings(number)
         ours, bare = medians(lambda: call_all_fns(nodes, "nothing"), lambda: [node.nothing() for node in nodes],
