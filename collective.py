@@ -618,7 +618,7 @@ with contextlib.suppress(ImportError, AttributeError, ValueError):  # jax < 0.4.
 def _no_state(state: StateTree, path: Path) -> KeyError:
     name, names = _dotted(path), [*map(_dotted, state)]
     if path in state:
-        return KeyError(f"no states below {name!r}, which is a state: tree[{name!r}]")
+        return KeyError(f"{name!r} is a state, with none below it; look it up as tree[{name!r}]")
     if any(each.startswith(f"{name}.") for each in names):
         return KeyError(f"no state {name!r}; subtree(tree, {name!r}) has those below it")
     near = sorted(names, key=lambda each: abs(len(each) - len(name)))[:100]
@@ -1059,6 +1059,11 @@ def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan,
     if created := [path for path, node in after.modules.items() if id(node) not in known]:
         raise ValueError(f"{plan.fn_name!r} created modules, {_sites(after.modules, created)}; "
                          "create modules in __init__, states in init_state")
+    lost = {path: box for path, box in copied.states.items() if path not in after.states}
+    if covered := [path for path in lost if path[:-1] in copied.containers and any(map(
+            _is_array, jax.tree.leaves(_inside(copied.containers[path[:-1]]).get(path[-1]))))]:
+        raise TypeError(f"{plan.fn_name!r} put arrays in the place of {_sites(lost, covered)}; "
+                        "write to their .value instead")
     for alias in _in_order(after.aliases.keys() - graph.aliases.keys()):
         first = after.aliases[alias]
         for path, box in after.states.items():

@@ -4726,6 +4726,28 @@ def test_a_program_that_has_the_file_in_it_is_warned_too(tmp_path):
     assert run.returncode == 0 and "UserWarning: no state is mapped" in run.stderr
 
 
+@pytest.mark.parametrize("form", [0, 2, 3])
+def test_an_array_in_the_place_of_a_state_in_a_list_or_dict_is_refused(form):
+    class Pile(Module):
+        def __init__(self):
+            self.hs, self.table = [HiddenState(jnp.zeros(2))], {"k": State(jnp.zeros(2))}
+
+        def forget(self):
+            self.hs[0] = jnp.ones(2)
+
+        def forget_too(self):
+            self.table["k"] = jnp.ones(2)
+
+        def drop(self):
+            self.hs.clear()
+            self.table["k"] = None
+
+    for method, name in (("forget", r"'hs.0' \(HiddenState\)"), ("forget_too", r"'table.k' \(State\)")):
+        with pytest.raises(TypeError, match=f"'{method}' put arrays in the place of {name}.*value"):
+            families(Pile())[form](method)
+    families(Pile())[form]("drop")  # says what it does
+
+
 # ---- Memory, time and meshes ---------------------------------------------------------------------
 
 
