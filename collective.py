@@ -184,9 +184,8 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of typed PRNG keys, whose dtypes are none of NumPy's."""
-    dtype = getattr(leaf, "dtype", np.dtype(bool))
-    return not isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    """Whether a leaf is an array of typed PRNG keys."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _sharding(leaf: Any) -> Any:
@@ -450,9 +449,7 @@ def _static(paths: tuple[Path, ...], entries: tuple[_Entry, ...]) -> _Static:
 
 def _typed(tag: Any) -> Any:
     """A tag with its types, since 1, True and 1.0 are equal."""
-    if isinstance(tag, (tuple, frozenset)):
-        return type(tag), (tuple if isinstance(tag, tuple) else frozenset)(map(_typed, tag))
-    return type(tag), tag
+    return type(tag), type(tag)(map(_typed, tag)) if type(tag) in (tuple, frozenset) else tag
 
 
 def _owned(value: Any) -> Any:
@@ -467,12 +464,11 @@ def _owned(value: Any) -> Any:
 def _row(path: Path, box: State) -> tuple[_Entry, Any]:
     """What a tree says of a box, all of whose leaves become arrays."""
     value = box.value
-    try:
-        if not isinstance(value, jax.Array):
-            value = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array)
-                                 else jnp.array(leaf), _owned(value))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"no array in {_site(path, box)}: {error}") from error
+    if not isinstance(value, jax.Array):
+        try:
+            value = jax.tree.map(jnp.asarray, _owned(value))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise TypeError(f"no array in {_site(path, box)}: {error}") from error
     return (type(box), box.tag, box.mapped), value
 
 
@@ -538,8 +534,7 @@ class StateTree(Mapping[Path, Any]):
             rows += [(path + below, row) for below, row in new.items()]
         _check_names(path for path, _ in rows)
         tree = _tree_from_rows(dict(rows))
-        self._static: _Static = tree._static
-        self._values: tuple[Any, ...] = tree._values
+        self._static, self._values = tree._static, tree._values
 
     def __getitem__(self, path: Path | str) -> Any:
         if path not in self:
@@ -573,12 +568,11 @@ class StateTree(Mapping[Path, Any]):
         widths = [max(map(len, column)) for column in zip(*table)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         arrays = [leaf for leaf in jax.tree.leaves(self) if hasattr(leaf, "dtype")]
-        numbers = f"{sum(leaf.size for leaf in arrays):,} numbers"
-        size = int(sum(leaf.size * leaf.dtype.itemsize for leaf in arrays))
+        numbers = sum(leaf.size for leaf in arrays)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)
         power = min(max(size.bit_length() - 1, 0) // 10, 5)
-        unit, decimals = "B KiB MiB GiB TiB PiB".split()[power], int(size % 1024**power > 0)
-        amount = f"{size / 1024**power:.{decimals}f} {unit}"
-        return "\n".join([*lines, f"{len(table) - 1:,} leaves, {numbers}, {amount}"])
+        amount = f"{size / 1024**power:.{min(power, 1)}f} {'B KiB MiB GiB TiB PiB'.split()[power]}"
+        return "\n".join([*lines, f"{len(table) - 1:,} leaves, {numbers:,} numbers, {amount}"])
 
     def states(self) -> dict[Path, State]:
         """Fresh boxes with the kinds, tags, mapped counts and values of this tree."""

@@ -4716,7 +4716,7 @@ def test_an_empty_mapped_state_may_be_filled_by_a_plain_call():
 
 def test_a_size_that_is_hardly_round_is_not_shown_as_round():
     sizes = [repr(tree_of(a=np.zeros(size, np.int8))).splitlines()[-1] for size in (1024, 1025)]
-    assert sizes == ["1 leaves, 1,024 numbers, 1 KiB", "1 leaves, 1,025 numbers, 1.0 KiB"]
+    assert sizes == ["1 leaves, 1,024 numbers, 1.0 KiB", "1 leaves, 1,025 numbers, 1.0 KiB"]
 
 
 def test_a_program_that_has_the_file_in_it_is_warned_too(tmp_path):
