@@ -534,7 +534,8 @@ class StateTree(Mapping[Path, Any]):
             rows += [(path + below, row) for below, row in new.items()]
         _check_names(path for path, _ in rows)
         tree = _tree_from_rows(dict(rows))
-        self._static, self._values = tree._static, tree._values
+        self._static: _Static = tree._static
+        self._values: tuple[Any, ...] = tree._values
 
     def __getitem__(self, path: Path | str) -> Any:
         if path not in self:
@@ -1156,24 +1157,23 @@ def _sizes(mapped: StateTree) -> list[tuple[str, tuple[int, ...]]]:
     return [(repr(_dotted(path)), np.shape(leaf)[:1]) for path, leaf in _tree_leaves(mapped)]
 
 
-def _apart(args: tuple[Any, ...], in_axes: Any) -> tuple[Any, ...]:
+def _split_args(args: Any, in_axes: Any) -> tuple[Any, ...]:
     """Arguments as a member sees them, mapped states with a mark less, and the axes of these;
     names and sizes of all that is mapped; and for each tree, whether each state of it is mapped.
     """
     axes: list[Any] = []
-    misfit = f"in_axes is an int or None, or a tuple or tree of these; {in_axes!r} does not fit "
     with contextlib.suppress(TypeError, ValueError):  # then there are too few axes
         jax.tree.map(lambda axis, part: axes.extend([axis] * len(jax.tree.leaves(part, _is_tree))),
                      tuple(in_axes) if isinstance(in_axes, list) else in_axes, args,
                      is_leaf=lambda part: part is None or _is_tree(part))
-    leaves, structure = jax.tree_util.tree_flatten_with_path(args, _is_tree)
-    if len(axes) != len(leaves):
+    flat, structure = jax.tree_util.tree_flatten_with_path(args, _is_tree)
+    misfit = f"in_axes is an int or None, or a tuple or tree of these; {in_axes!r} does not fit "
+    if len(axes) != len(flat):
         raise TypeError(f"{misfit}the {len(args)} arguments, {_described(args)}")
     parts, sizes, trees = [], [], []
-    for i, ((keys, part), axis) in enumerate(zip(leaves, axes)):
-        name, rank = f"args{jax.tree_util.keystr(keys)}", 0 if _is_tree(part) else np.ndim(part)
-        if axis is not None and (type(axis) is not int or not (
-                _is_tree(part) or -rank <= axis < rank)):
+    for i, ((keys, part), axis) in enumerate(zip(flat, axes)):
+        name, rank = f"args{jax.tree_util.keystr(keys)}", 1 if _is_tree(part) else np.ndim(part)
+        if axis is not None and (type(axis) is not int or not -rank <= axis < rank):
             raise TypeError(f"{misfit}{name}, {_described(part)}")
         if isinstance(part, StateTree):
             own, rest = partition(part, None if axis is None else lambda path, box: box.mapped)
@@ -1187,15 +1187,34 @@ def _apart(args: tuple[Any, ...], in_axes: Any) -> tuple[Any, ...]:
     return jax.tree.unflatten(structure, parts), jax.tree.unflatten(structure, axes), sizes, trees
 
 
+@jax.custom_batching.custom_vmap
+def _same_for_all(index: Any, states: list[StateTree | None]) -> Any:
+    """States, of which none may differ between the members; `index`, which does, shows where."""
+    return states
+
+
+@_same_for_all.def_vmap
+def _check_same(size: int, batched: Any, index: Any, states: Any) -> tuple[Any, Any]:
+    unlike = [_site(path, tree.states()[path]) for tree, each in zip(states, batched[1])
+              for path in tree or () if any(jax.tree.leaves(each[path]))]
+    if unlike:
+        raise ValueError(
+            f"shared states ended up different per member: {', '.join(unlike)}; create them in "
+            "init_state under a vmapped call, or build the members with vmap; exclude them "
+            "(state_to_exclude); or make their values the same, as by jax.lax.pmean over "
+            "axis_name. A gradient per member may leave as a plain dict, flat_dict(gradient)")
+    return states, batched[1]
+
+
 def _map_members(run: Callable[..., Any], state: StateTree, args: tuple[Any, ...], in_axes: Any,
                  axis_size: int | None, axis_name: Hashable, key: Key = None) -> Any:
     """What ``run(trees, key, state, *args)`` returns per member, all states of ``state`` mapped.
 
-    ``trees`` are those that `_apart` tells of. Beside its result, ``run`` returns a function from
-    a tree in it to a filter for those states that are per member; members must share the others.
+    ``trees`` are those that `_split_args` tells of. Beside its result, ``run`` returns a function
+    from a tree in it to a filter for the states that are per member; members share the others.
     """
-    args, axes, sizes, trees = _apart(args, in_axes)
-    sizes = _sizes(state) + sizes
+    args, axes, sizes, trees = _split_args(args, in_axes)
+    sizes = [*_sizes(state), *sizes]
     size: Any = sizes[0][1][0] if axis_size is None and sizes and sizes[0][1] else axis_size
     if odd := [f"{name} {shape}" for name, shape in sizes if shape != (size,)]:
         raise ValueError(f"axis_size {size} is at odds with the mapped axis of {', '.join(odd)}")
@@ -1206,50 +1225,37 @@ def _map_members(run: Callable[..., Any], state: StateTree, args: tuple[Any, ...
     # A batching rule sees what is batched by the innermost vmap that batches any operand, and
     # `index` is batched by the one below: a mapped leaf if there is one, sharded as the others.
     index = next(iter(jax.tree.leaves(state)), jnp.arange(size))
-    same_for_all = jax.custom_batching.custom_vmap(lambda index, common: common)
-
-    @same_for_all.def_vmap
-    def check(size: int, batched: Any, index: Any, common: list[Any]) -> tuple[Any, Any]:
-        if unlike := [_site(path, tree.states()[path]) for tree, each in zip(common, batched[1])
-                      for path in tree or () if any(jax.tree.leaves(each[path]))]:
-            raise ValueError(
-                f"shared states ended up different per member: {', '.join(unlike)}; create them in "
-                "init_state under a vmapped call, or build the members with vmap; exclude them "
-                "(state_to_exclude); or make their values the same, as by jax.lax.pmean over "
-                "axis_name. A gradient per member may leave as a plain dict, flat_dict(gradient)")
-        return common, batched[1]
 
     def run_member(index: Any, key: Key, state: StateTree, args: tuple[Any, ...]) -> Any:
-        result, own = run(trees, key, state, *args)
+        result, rule = run(trees, key, state, *args)
         leaves, structure = jax.tree.flatten(result, is_leaf=_is_tree)
-        halves = [partition(leaf, own(leaf)) if _is_tree(leaf) else (leaf, None) for leaf in leaves]
-        common = same_for_all(index, [half[1] for half in halves])
-        return jax.tree.unflatten(structure, [half[0] for half in halves]), common
+        parts = [partition(leaf, rule(leaf)) if _is_tree(leaf) else (leaf, None) for leaf in leaves]
+        shared = _same_for_all(index, [part[1] for part in parts])
+        return jax.tree.unflatten(structure, [part[0] for part in parts]), shared
 
-    result, common = jax.vmap(
-        run_member, in_axes=(0, 0, 0, axes), out_axes=(0, None), axis_size=int(size),
-        axis_name=axis_name)(index, keys, _with_axes(state, -1), args)
+    mapped = jax.vmap(run_member, (0, 0, 0, axes), (0, None), axis_name, int(size))
+    result, shared = mapped(index, keys, _with_axes(state, -1), args)
     leaves, structure = jax.tree.flatten(result, is_leaf=_is_tree)
     return jax.tree.unflatten(structure, [_with_axes(leaf, +1) | rest if _is_tree(leaf) else leaf
-                                          for leaf, rest in zip(leaves, common)])
+                                          for leaf, rest in zip(leaves, shared)])
 
 
 def _per_member(result: StateTree, arguments: list[dict[Path, bool]]) -> Filter:
-    """Which states of a result have one value for each member: those that were so, and new ones."""
-    shared, unclear = set(), []
+    """Which states of a result have one value for each member: those that were so, and new ones.
+
+    Where arguments disagree, those that have just these states decide.
+    """
+    alike = [mapped for mapped in arguments if mapped.keys() == result.keys()]
+    said: dict[Path, set[bool]] = {}
     for path in result:
-        said = {mapped[path] for mapped in arguments if path in mapped}
-        if len(said) > 1:  # then trees with just these states decide
-            said = {mapped[path] for mapped in arguments if mapped.keys() == result.keys()}
-            if len(said) != 1:
-                unclear.append(path)
-        if said == {False}:
-            shared.add(path)
-    if unclear:
+        decided = {mapped[path] for mapped in alike}
+        by_any = {mapped[path] for mapped in arguments if path in mapped}
+        said[path] = decided if len(decided) == 1 else by_any
+    if unclear := [path for path in said if len(said[path]) > 1]:
         raise ValueError(f"{_sites(result.states(), unclear)}: mapped in one argument, shared in "
                          "another; give the trees names of their own, as in "
                          "StateTree({'actor': a, 'critic': c})")
-    return lambda path, box: path not in shared
+    return lambda path, box: said[path] != {False}
 
 
 def vmap(fn: Callable[..., Any], in_axes: Any = 0, *, axis_size: int | None = None,
@@ -1293,18 +1299,16 @@ def _call_members(graph: _Graph, state: StateTree, plan: _Plan, key: Key, in_axe
         kwargs = plan.kwargs
         if key is not None and plan.key is None:  # of `vmap_apply`, whose method takes it as it is
             kwargs = {**kwargs, "key": key}
-        outputs, before, after = _run_on_copy(
-            graph, own | rest, plan._replace(args=args, key=key, kwargs=kwargs))
-        strays = []
-        for path, output in outputs.items():
-            leaves = jax.tree.leaves(output, lambda part: isinstance(part, Iterator))
-            kinds = {type(leaf).__name__ for leaf in leaves if not _is_array(leaf)}
-            if kinds and not isinstance(output, Module):  # such as self, which does not cross
-                strays.append(f"{_site(path, graph.modules[path])} returned {sorted(kinds)}")
+        given = plan._replace(args=args, key=key, kwargs=kwargs)
+        outputs, before, after = _run_on_copy(graph, own | rest, given)
+        strays = [f"{_site(path, graph.modules[path])} returned {type(leaf).__name__}"
+                  for path, output in outputs.items()
+                  for leaf in jax.tree.leaves(output, lambda part: isinstance(part, Iterator))
+                  if not _is_array(leaf)]
         if strays:
             raise TypeError(f"{plan.fn_name!r} of {'; of '.join(strays)}, which cannot cross a "
                             "vmapped call; return arrays, or pytrees of arrays")
-        output_paths.extend(path for path in outputs if not isinstance(outputs[path], Module))
+        output_paths.extend(outputs)
         existing = {id(box): path in own for path, box in before.items()}
         shared = {path for path, box in after.items() if existing.get(id(box)) is False}
         for path, box in after.items():
@@ -1312,16 +1316,14 @@ def _call_members(graph: _Graph, state: StateTree, plan: _Plan, key: Key, in_axe
                 box.tag = state_tag if box.tag is None else box.tag
                 if excluded(path, box):
                     of_first.add(path)
-        new = _tree_from_boxes(after)
-
-        def is_own(tree: StateTree) -> Filter:  # trees that methods returned are so as a whole
-            return (lambda path, box: path not in shared) if tree is new else ...
-
-        return ([outputs[path] for path in output_paths], new), is_own
+        result = [*outputs.values()], _tree_from_boxes(after)
+        return result, lambda tree: lambda path, box: path not in shared
 
     outputs, new = _map_members(run, own, plan.args, in_axes, axis_size, axis_name, key)
-    first, others = partition(new, lambda path, box: path in of_first)
-    return dict(zip(output_paths, outputs)), others | member(first, 0)
+    if of_first:
+        first, others = partition(new, lambda path, box: path in of_first)
+        new = others | member(first, 0)
+    return dict(zip(output_paths, outputs)), new
 
 
 def vmap_apply(module: Module, state: StateTree, *args: Any, in_axes: Any = 0,
@@ -1411,14 +1413,15 @@ def vmap_reset(module: Any, state: StateTree, *args: Any, axis_size: int | None 
         module, state, "reset_state", args, kwargs, axis_size=axis_size, axis_name=axis_name,
         in_axes=in_axes, node_to_exclude=node_to_exclude, state_to_exclude=state_to_exclude,
         state_tag=state_tag, key=key)
-    old, leaves = dict(_tree_leaves(state)), []
-    for path, leaf in _tree_leaves(new):
-        here, there = _sharding(leaf), _sharding(old.get(path))
-        if here and there and leaf.shape == old[path].shape and (  # traced: no sharding
-                len(there.device_set) > len(here.device_set) == 1):
-            leaf = jax.device_put(leaf, there)
-        leaves.append(leaf)
-    return _tree_from_rows(_rows(jax.tree.unflatten(jax.tree.structure(new), leaves)))
+    old = dict(_tree_leaves(state))
+
+    def put_back(path: Path, leaf: Any) -> Any:
+        there = _sharding(old.get(path))  # None of what is traced
+        spread = there and len(there.device_set) > 1 and leaf.shape == old[path].shape
+        return jax.device_put(leaf, there) if spread else leaf
+
+    leaves = [put_back(path, leaf) for path, leaf in _tree_leaves(new)]
+    return jax.tree.unflatten(jax.tree.structure(new), leaves)  # type: ignore[no-any-return]
 
 
 def stack(*states: StateTree) -> StateTree:
@@ -1483,12 +1486,11 @@ def _fits(new: Any, old: Any) -> bool:
     info: Any = {1: jnp.iinfo, 2: jnp.finfo, 3: jnp.finfo}
     limits, ints = info[target](old.dtype), info[1](new.dtype)
     low, high = map(int if target == 1 else float, (limits.min, limits.max))
-    if low <= ints.min and ints.max <= high:
-        return True
-    with contextlib.suppress(jax.errors.TracerArrayConversionError):  # while tracing, none can tell
+    least, most = int(ints.min), int(ints.max)
+    with contextlib.suppress(jax.errors.TracerArrayConversionError):  # while tracing, any may come
         numbers = np.asarray(new)
-        return not new.size or low <= int(numbers.min()) and int(numbers.max()) <= high
-    return False
+        least, most = int(np.min(numbers, initial=0)), int(np.max(numbers, initial=0))
+    return low <= least and most <= high
 
 
 def _fitted(new: Any, old: Any) -> Any:
@@ -1532,8 +1534,6 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
     new: dict[Path, Any] = {}
     unexpected: list[Any] = []
     for each in snapshots:
-        if not isinstance(each, Mapping):
-            raise TypeError(f"a snapshot is a mapping; got {type(each).__name__}")
         for key, value in each.items():
             given = _given(value, _as_path(key))
             found = {paths[name]: leaf for path, leaf in given if (name := _dotted(path)) in paths}
@@ -1659,8 +1659,7 @@ def assign_state_values(target: Any, *state_by_abs_path: Mapping[Any, Any],
     (['v'], [])
     """
     state, unexpected, missing = assign(snapshot(target), *state_by_abs_path)
-    untouched = set(missing)  # which stay the very objects that they are
-    restore(target, partition(state, lambda path, box: path not in untouched)[0])
+    restore(target, state)
     return unexpected, missing
 
 
