@@ -556,8 +556,7 @@ class StateTree(Mapping[Path, Any]):
 
 jax.tree_util.register_pytree_with_keys(
     StateTree,
-    lambda tree: ([(jax.tree_util.DictKey(_dotted(path)), value)
-                   for path, value in zip(tree, tree._values)], tree._static),
+    lambda tree: (zip(map(jax.tree_util.DictKey, map(_dotted, tree)), tree._values), tree._static),
     _tree_from_values, lambda tree: (tree._values, tree._static))
 
 
