@@ -649,7 +649,7 @@ def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
     """
     _check_alike(new, old)
     mask = jnp.asarray(mask)
-    of_members = any(mapped for (_, _, mapped), _ in _rows(old).values())
+    of_members = any(mapped for _, _, mapped in old._static.entries)
     if unfit := [f"{_dotted(leaf_path)!r} {_described(leaf)}{'' if mapped else ', shared'}"
                  for (path, ((_, _, mapped), value)), other in zip(_rows(old).items(), new._values)
                  for (leaf_path, leaf), fresh in zip(_leaves(value, path), jax.tree.leaves(other))
