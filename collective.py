@@ -81,10 +81,8 @@ import hashlib
 import inspect
 import json
 import pkgutil
-import threading
 import types
 import warnings
-import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -208,8 +206,6 @@ def _warn(message: str) -> None:
 
 # ---- States and filters --------------------------------------------------------------------------
 
-_FILE = globals().get("__file__", __name__)  # which tells two copies of this file apart
-
 
 class State:
     """A box for one ``value`` of a module: an array, or any pytree of arrays.
@@ -220,7 +216,7 @@ class State:
     State(bias float32[2])
     """
 
-    _collective_file = _FILE
+    _collective_file = globals().get("__file__", __name__)  # tells two copies of this file apart
 
     def __init__(self, value: Any, *, tag: Hashable = None) -> None:
         self.value, self.tag, self.mapped = value, tag, 0
@@ -259,8 +255,7 @@ def _predicate(filter: Filter) -> Any:
         return lambda path, thing: any(each(path, thing) for each in any_of)
     if callable(filter) and not isinstance(filter, Module):  # which is callable, but no filter
         return filter
-    raise TypeError("a filter is a type, a tag (str), a callable (path, object) -> bool, `...`, "
-                    f"None, or a list or tuple of these; got {type(filter).__name__}")
+    raise TypeError(f"a filter is a type, a tag, a callable or a list; got {type(filter).__name__}")
 
 
 def _filtered(things: Mapping[Path, T], filter: Filter) -> dict[Path, T]:
@@ -284,17 +279,11 @@ class Module:
       factor: ParamState(float32[2]))
     """
 
-    _collective_file = _FILE
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if (cls.__basicsize__, cls.__itemsize__) != (Module.__basicsize__, Module.__itemsize__):
-            raise TypeError(f"{cls.__name__} has __slots__ or a builtin base class; use attributes")
+    _collective_file = State._collective_file
 
     def __setattr__(self, name: str, value: Any) -> None:
         held = vars(self).get(name)
-        if isinstance(held, State) and not isinstance(value, State) and (
-                any(map(_is_array, jax.tree.leaves(value)))):
+        if isinstance(held, State) and any(map(_is_array, jax.tree.leaves(value))):
             raise TypeError(f"{name!r} is a {type(held).__name__}; write self.{name}.value = ...")
         super().__setattr__(name, value)
 
@@ -316,14 +305,12 @@ class Module:
         return _filtered(_walk(self).modules, filter)
 
     def __repr__(self) -> str:
-        graph = _walk(self)
+        graph, lines, indents = _walk(self), [type(self).__name__], {Path(): ""}
         texts = {path: type(node).__name__ for path, node in graph.modules.items()} | graph.states
-        lines, above = [str(texts.pop(()))], [Path()]  # the paths of the lines that one is under
-        for path in _in_order(texts):
-            while path[:len(above[-1])] != above[-1]:
-                above.pop()
-            lines.append(f"{'  ' * len(above)}{_dotted(path[len(above[-1]):])}: {texts[path]}")
-            above.append(path)
+        for path in _in_order(texts)[1:]:
+            end = next(end for end in reversed(range(len(path))) if path[:end] in indents)
+            indents[path] = indents[path[:end]] + "  "
+            lines.append(f"{indents[path]}{_dotted(path[end:])}: {texts[path]}")
         return "\n".join(lines)
 
 
@@ -335,11 +322,13 @@ class _Roles(dict[type, Any]):
     """
 
     def __missing__(self, kind: type) -> Any:
-        bases = (Module, State, OrderedDict, dict, list, tuple, types.MethodType)
+        bases = (Module, State, OrderedDict, dict, list, tuple)
         role = next((base for base in bases if issubclass(kind, base)), None)
+        if role is Module and kind.__basicsize__ != Module.__basicsize__:
+            raise TypeError(f"{kind.__name__} has __slots__ or a builtin base class; use neither")
         if role is None and (file := getattr(kind, "_collective_file", None)):
             raise TypeError(f"{kind.__name__} is made with another copy of this file, {file}, than "
-                            f"{_FILE}; import both from one")
+                            f"{State._collective_file}; import both from one")
         return self.setdefault(kind, role)
 
 
@@ -369,39 +358,31 @@ class _Graph(NamedTuple):
 
 def _walk(root: Any) -> _Graph:
     """Walk a module, or a list, tuple or dict of modules, depth first and without recursion."""
-    roles = _ROLES
     held = _inside(root).values() if isinstance(root, (list, tuple, dict)) else [root]
-    if strays := sorted({type(each).__name__ for each in held
-                         if roles[type(each)] in (None, State, types.MethodType)}):
-        raise TypeError(f"expected a module, or a list, tuple or dict of modules; got {strays}")
-    graph, seen = _Graph(root, {}, {}, {}, {}), {id(root): Path()}
-    stack: list[tuple[Path, Any, Iterator[Any], Any]]  # `odd` has a key that no path may have
-    stack = [((), root, iter(_inside(root).items()), None)]
+    if bad := sorted({type(each).__name__ for each in held if _ROLES[type(each)] in (None, State)}):
+        raise TypeError(f"expected a module, or a list, tuple or dict of modules; got {bad}")
+    graph, seen = _Graph(root, {}, {}, {}, {}), dict[int, Path]()
+    stack: list[Any] = [((), root, _ROLES[type(root)], None)]
     while stack:
-        path, holder, parts, odd = stack[-1]
-        for name, part in parts:
-            role = roles[type(part)]
-            if role is None or role is types.MethodType:
-                continue
-            here, bad = path + (name,), odd
-            if type(name) is not str and type(name) is not int and not _is_step(name):
-                bad = odd or here
-            if bad and (role is Module or role is State):
-                raise TypeError("a key on the way to a state or module is a str, an int or a tuple "
-                                f"of these; got {bad[-1]!r} ({type(bad[-1]).__name__}) at {bad}")
-            if (first := seen.setdefault(id(part), here)) is not here:
-                if role is not Module:
-                    graph.aliases[here] = first
-            elif role is State:
-                graph.states[here] = part
-            else:
-                stack.append((here, part, iter(_inside(part).items()), bad))
-                break
+        path, part, role, odd = stack.pop()  # `odd` is the path of a key that no path may have
+        if odd and (role is Module or role is State):
+            raise TypeError("a key on the way to a state or module is a str, an int or a tuple of "
+                            f"these; got {odd[-1]!r} ({type(odd[-1]).__name__}) at {odd}")
+        if role is None:  # all that is inside was visited
+            (graph.modules if isinstance(part, Module) else graph.containers)[path] = part
+        elif (first := seen.setdefault(id(part), path)) is not path:
+            if role is not Module:
+                graph.aliases[path] = first
+        elif role is State:
+            graph.states[path] = part
         else:
-            stack.pop()
-            role = roles[type(holder)]
             if role is not tuple:
-                (graph.modules if role is Module else graph.containers)[path] = holder
+                stack.append((path, part, None, None))
+            for name, inner in reversed(_inside(part).items()):
+                if inner_role := _ROLES[type(inner)]:
+                    here = path + (name,)
+                    odd_here = odd or (None if type(name) is str or _is_step(name) else here)
+                    stack.append((here, inner, inner_role, odd_here))
     return graph
 
 
@@ -419,32 +400,28 @@ def traverse(module: Any) -> Iterator[tuple[Path, Module]]:
 # A tree holds its values in one tuple, in canonical order, so that JAX flattens it with one call.
 # All else is static; `_static` makes equal static parts one object: treedefs compare by identity.
 
-_Entry = tuple[type[State], Hashable, int]  # kind, tag and mapped count of one state
-_Rows = dict[Path, tuple[_Entry, Any]]  # what a tree is built from: an entry and a value each
+_Row = tuple[tuple[type[State], Hashable, int], Any]  # kind, tag and mapped count, and the value
 
 
 class _Static:
     """What all trees with the same states share."""
 
-    def __init__(self, paths: tuple[Path, ...], entries: tuple[_Entry, ...]) -> None:
+    def __init__(self, paths: tuple[Path, ...], entries: tuple[Any, ...]) -> None:
         _check_names(paths)
         self.paths, self.entries = paths, entries
-        self.positions: dict[Any, int] = {
-            name: i for i, path in enumerate(paths) for name in (path, _dotted(path))}
+        self.positions = {name: i for i, path in enumerate(paths) for name in (path, _dotted(path))}
 
     def __repr__(self) -> str:  # as JAX shows it in its messages
         return "; ".join(f"{_dotted(path)}: {kind.__name__}, tag={tag!r}, mapped={mapped}"
                          for path, (kind, tag, mapped) in zip(self.paths, self.entries))
 
 
-_statics: weakref.WeakValueDictionary[Any, _Static] = weakref.WeakValueDictionary()
-_statics_lock = threading.RLock()  # or two threads could make two of the same
+_statics: dict[Any, _Static] = {}  # kept, as are compiled functions: one for each kind of model
 
 
-def _static(paths: tuple[Path, ...], entries: tuple[_Entry, ...]) -> _Static:
+def _static(paths: tuple[Path, ...], entries: tuple[Any, ...]) -> _Static:
     contents = paths, entries, tuple([_typed(tag) for _, tag, _ in entries if tag is not None])
-    with _statics_lock:
-        return _statics.get(contents) or _statics.setdefault(contents, _Static(paths, entries))
+    return _statics.get(contents) or _statics.setdefault(contents, _Static(paths, entries))
 
 
 def _typed(tag: Any) -> Any:
@@ -454,38 +431,34 @@ def _typed(tag: Any) -> Any:
 
 def _owned(value: Any) -> Any:
     """A value in containers of its own, with JAX arrays, which cannot change, for NumPy's."""
-    def own(leaf: Any) -> Any:
-        is_numpy = isinstance(leaf, (np.ndarray, np.generic))
-        return jax.device_put(np.array(leaf)) if is_numpy else leaf  # JAX may keep that very copy
+    if isinstance(value, jax.Array):
+        return value
+    return jax.tree.map(lambda leaf: jax.device_put(np.array(leaf))  # JAX may keep that very copy
+                        if isinstance(leaf, (np.ndarray, np.generic)) else leaf, value)
 
-    return value if isinstance(value, jax.Array) else jax.tree.map(own, value)
 
-
-def _row(path: Path, box: State) -> tuple[_Entry, Any]:
+def _row(path: Path, box: State) -> _Row:
     """What a tree says of a box, all of whose leaves become arrays."""
-    value = box.value
-    if not isinstance(value, jax.Array):
-        try:
-            value = jax.tree.map(jnp.asarray, _owned(value))
-        except (TypeError, ValueError, OverflowError) as error:
-            raise TypeError(f"no array in {_site(path, box)}: {error}") from error
+    try:
+        value = box.value if isinstance(box.value, jax.Array) else (
+            jax.tree.map(jnp.asarray, _owned(box.value)))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"no array in {_site(path, box)}: {error}") from error
     return (type(box), box.tag, box.mapped), value
 
 
-def _rows(tree: StateTree) -> _Rows:
+def _rows(tree: StateTree) -> dict[Path, _Row]:
+    """What a tree says of its states; the values are for the caller to keep."""
     if not isinstance(tree, StateTree):
         raise TypeError(f"expected a StateTree, as of snapshot(module); got {type(tree).__name__}")
-    return dict(zip(tree._static.paths, zip(tree._static.entries, tree._values)))
+    return dict(zip(tree._static.paths, zip(tree._static.entries, map(_owned, tree._values))))
 
 
-def _tree_from_rows(rows: _Rows) -> StateTree:
-    paths = tuple(_in_order(rows))
-    values = [rows[path][1] for path in paths]
-    if not all([isinstance(value, jax.Array) for value in values]):
-        values = [*map(_owned, values)]
-        _check_names(leaf_path for path, value in zip(paths, values)
-                     for leaf_path, _ in _leaves(value, path))
-    return _tree_from_values(_static(paths, tuple([rows[path][0] for path in paths])), values)
+def _load(row: _Row, box: State | None = None) -> State:
+    """Fill a box, which need not be of the right kind, or a new one."""
+    box = object.__new__(row[0][0]) if box is None else box
+    (box.__class__, box.tag, box.mapped), box.value = row
+    return box
 
 
 def _tree_from_values(static: _Static, values: Iterable[Any]) -> StateTree:
@@ -494,15 +467,16 @@ def _tree_from_values(static: _Static, values: Iterable[Any]) -> StateTree:
     return tree
 
 
+def _tree_from_rows(rows: dict[Path, _Row]) -> StateTree:
+    paths = tuple(_in_order(rows))
+    values = [rows[path][1] for path in paths]
+    if not all([isinstance(value, jax.Array) for value in values]):
+        _check_names(name for path, value in zip(paths, values) for name, _ in _leaves(value, path))
+    return _tree_from_values(_static(paths, tuple([rows[path][0] for path in paths])), values)
+
+
 def _tree_from_boxes(boxes: Mapping[Path, State]) -> StateTree:
     return _tree_from_rows({path: _row(path, box) for path, box in boxes.items()})
-
-
-def _load(box: State, entry: _Entry, value: Any) -> State:
-    """Fill a box, which need not be of the right kind, nor have been initialised."""
-    box.__class__, box.tag, box.mapped = entry
-    box.value = value if isinstance(value, jax.Array) else _owned(value)
-    return box
 
 
 class StateTree(Mapping[Path, Any]):
@@ -528,18 +502,16 @@ class StateTree(Mapping[Path, Any]):
         for name, part in dict(states).items():
             path = _as_path(name) if isinstance(name, (str, tuple)) else ()
             if not (name and path and _is_step(path) and isinstance(part, (State, StateTree))):
-                raise TypeError("expected a tuple path, or a dotted name, and a State or a "
-                                f"StateTree; got {name!r} and {type(part).__name__}")
+                raise TypeError(f"expected a path with a State or tree; got {name!r}, {type(part)}")
             new = _rows(part) if isinstance(part, StateTree) else {(): _row(path, part)}
             rows += [(path + below, row) for below, row in new.items()]
         _check_names(path for path, _ in rows)
         tree = _tree_from_rows(dict(rows))
-        self._static: _Static = tree._static
-        self._values: tuple[Any, ...] = tree._values
+        self._static, self._values = tree._static, tree._values  # type: _Static, tuple[Any, ...]
 
     def __getitem__(self, path: Path | str) -> Any:
         if path not in self:
-            raise _no_state(self, _as_path(path))
+            raise _no_state(self, _dotted(_as_path(path)))
         return _owned(self._values[self._static.positions[path]])
 
     def __contains__(self, path: object) -> bool:
@@ -554,8 +526,6 @@ class StateTree(Mapping[Path, Any]):
     __eq__, __hash__ = object.__eq__, object.__hash__
 
     def __or__(self, other: StateTree) -> StateTree:
-        if not isinstance(other, StateTree):
-            return NotImplemented
         return _tree_from_rows(_rows(self) | _rows(other))
 
     def __reduce__(self) -> Any:
@@ -577,20 +547,17 @@ class StateTree(Mapping[Path, Any]):
 
     def states(self) -> dict[Path, State]:
         """Fresh boxes with the kinds, tags, mapped counts and values of this tree."""
-        return {path: _load(object.__new__(entry[0]), entry, value)
-                for path, (entry, value) in _rows(self).items()}
+        return {path: _load(row) for path, row in _rows(self).items()}
 
 
 jax.tree_util.register_pytree_with_keys(
     StateTree,
-    lambda tree: ([(jax.tree_util.DictKey(_dotted(path)), value)
-                   for path, value in zip(tree, tree._values)], tree._static),
+    lambda tree: (zip(map(jax.tree_util.DictKey, map(_dotted, tree)), tree._values), tree._static),
     _tree_from_values, lambda tree: (tree._values, tree._static))
 
 
 def _to_json(static: _Static) -> bytes:
-    entries = [(f"{kind.__module__}:{kind.__qualname__}", tag, mapped)
-               for kind, tag, mapped in static.entries]
+    entries = [(f"{kind.__module__}:{kind.__qualname__}", *rest) for kind, *rest in static.entries]
     return json.dumps([static.paths, entries]).encode()
 
 
@@ -610,21 +577,18 @@ with contextlib.suppress(ImportError, AttributeError, ValueError):  # jax < 0.4.
         serialize_auxdata=_to_json, deserialize_auxdata=_from_json)
 
 
-def _no_state(state: StateTree, path: Path) -> KeyError:
-    name, names = _dotted(path), [*map(_dotted, state)]
-    if path in state:
-        return KeyError(f"{name!r} is a state, with none below it; look it up as tree[{name!r}]")
+def _no_state(state: StateTree, name: str) -> KeyError:
+    names = [*map(_dotted, state)]
     if any(each.startswith(f"{name}.") for each in names):
         return KeyError(f"no state {name!r}; subtree(tree, {name!r}) has those below it")
     near = sorted(names, key=lambda each: abs(len(each) - len(name)))[:100]
     closest = difflib.get_close_matches(name, near, cutoff=0)
-    return KeyError(f"no state {name!r}; the closest are {closest}")
+    return KeyError(f"{name!r} finds nothing here; the closest states are {closest}")
 
 
 def _tree_leaves(state: StateTree) -> list[tuple[Path, Any]]:
     """The leaves of a tree with full paths, in the order in which JAX flattens it."""
-    return [leaf for path, (_, value) in _rows(state).items()
-            for leaf in _leaves(_owned(value), path)]
+    return [leaf for path, (_, value) in _rows(state).items() for leaf in _leaves(value, path)]
 
 
 def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
@@ -635,7 +599,7 @@ def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
     ([('w',)], [('h',)])
     """
     rows = _rows(state)
-    matching = _filtered(state.states(), filter)
+    matching = _filtered({path: _load(row) for path, row in rows.items()}, filter)
     rest = {path: row for path, row in rows.items() if path not in matching}
     return _tree_from_rows({path: rows[path] for path in matching}), _tree_from_rows(rest)
 
@@ -650,7 +614,7 @@ def subtree(state: StateTree, path: Path | str) -> StateTree:
     below = {full[end:]: row for full, row in _rows(state).items()
              for end in range(1, len(full)) if _dotted(full[:end]) == name}
     if not below:
-        raise _no_state(state, _as_path(path))
+        raise _no_state(state, name)
     return _tree_from_rows(below)
 
 
@@ -665,17 +629,11 @@ def flat_dict(state: StateTree) -> dict[str, Any]:
 
 
 def _check_alike(*states: StateTree) -> None:
-    """Refuse trees that differ in more than the numbers in their leaves."""
-    rows, looks = [*map(_rows, states)], [(jax.tree.structure(state), [
-        (np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in jax.tree.leaves(state)])
-        for state in states]
-    if all(look == looks[0] for look in looks):
-        return
-    first, *others = [{path: (entry, jax.tree.structure(value), _described(value))
-                       for path, (entry, value) in each.items()} for each in rows]
-    unlike = {path for each in others for path in first | each if first.get(path) != each.get(path)}
-    raise ValueError("only the values of the trees may differ, not states, kinds, tags, mapped "
-                     f"counts, shapes or dtypes, as at {[*map(_dotted, _in_order(unlike))]}")
+    """Refuse trees of other leaves, dtypes or shapes; JAX refuses other kinds, tags and marks."""
+    looks: list[set[Any]] = [{(_dotted(path), np.shape(leaf), getattr(leaf, "dtype", None))
+                              for path, leaf in _tree_leaves(state)} for state in states]
+    if names := {name for name, *_ in set.union(*looks) - set.intersection(*looks)}:
+        raise ValueError(f"only the values of the trees may differ, not what is at {sorted(names)}")
 
 
 def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
@@ -692,19 +650,17 @@ def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
     _check_alike(new, old)
     mask = jnp.asarray(mask)
     of_members = any(mapped for _, _, mapped in old._static.entries)
-    unfit = [f"{_dotted(leaf_path)!r} {_described(leaf)}{'' if mapped else ', shared'}"
-             for (path, ((_, _, mapped), value)), other in zip(_rows(old).items(), new._values)
-             for (leaf_path, leaf), fresh in zip(_leaves(value, path), jax.tree.leaves(other))
-             if leaf is not fresh and (of_members and mapped < mask.ndim
-                                       or np.shape(leaf)[:mask.ndim] != mask.shape)]
-    if unfit:
-        raise ValueError(f"the axes {mask.shape} of the mask do not lead in {'; '.join(unfit)}. If "
-                         "all members share a state, call where in the jitted function that made "
-                         "both trees, or take the state from one of them with partition")
+    if unfit := [f"{_dotted(leaf_path)!r} {_described(leaf)}{'' if mapped else ', shared'}"
+                 for (path, ((_, _, mapped), value)), other in zip(_rows(old).items(), new._values)
+                 for (leaf_path, leaf), fresh in zip(_leaves(value, path), jax.tree.leaves(other))
+                 if leaf is not fresh and mask.shape != (
+                     np.shape(leaf)[:mapped if of_members else None][:mask.ndim])]:
+        raise ValueError(f"the mask's axes {mask.shape} do not lead {'; '.join(unfit)}; call where "
+                         "in the same jitted function, or take what is shared with partition")
     masks = functools.cache(lambda rank: jnp.expand_dims(mask, tuple(range(mask.ndim, rank))))
-    chosen = jax.tree.map(lambda fresh, leaf: leaf if leaf is fresh else jnp.where(
-        masks(np.ndim(leaf)), _owned(fresh), _owned(leaf)), new, old)
-    return _tree_from_rows(_rows(chosen))  # since a leaf that was kept may be NumPy's
+    return _tree_from_rows(_rows(jax.tree.map(  # since a leaf that is kept may be NumPy's
+        lambda fresh, leaf: leaf if leaf is fresh else jnp.where(
+            masks(np.ndim(leaf)), _owned(fresh), _owned(leaf)), new, old)))
 
 
 # ---- Copy, snapshot, restore ---------------------------------------------------------------------
@@ -806,14 +762,14 @@ def _attach(graph: _Graph, boxes: Mapping[Path, State]) -> None:
         _refill(holders[above], parts)
 
 
-def _fill(graph: _Graph, rows: _Rows) -> None:
+def _fill(graph: _Graph, rows: dict[Path, _Row]) -> None:
     """Load rows into the states of a graph; make those that it lacks."""
-    lacking = {path: object.__new__(rows[path][0][0]) for path in rows if path not in graph.states}
+    lacking = {path: _load(row) for path, row in rows.items() if path not in graph.states}
     if lacking:
         _attach(graph, lacking)
         graph.states.update(lacking)
-    for path, (entry, value) in rows.items():
-        _load(graph.states[path], entry, value)
+    for path, row in rows.items():
+        _load(row, graph.states[path])
 
 
 def restore(module: T, state: StateTree) -> T:
@@ -846,7 +802,7 @@ def _copy_of(part: Any, copies: dict[int, Any]) -> Any:
         new = [_copy_of(each, copies) for each in tuple.__iter__(part)]
         changed = [*map(id, new)] != [*map(id, tuple.__iter__(part))]
         copies[id(part)] = _emptied(part, new) if changed else part
-    if role is types.MethodType and id(part.__self__) in copies:
+    if type(part) is types.MethodType and id(part.__self__) in copies:
         return types.MethodType(part.__func__, copies[id(part.__self__)])
     return copies.get(id(part), part)
 
