@@ -81,8 +81,10 @@ import hashlib
 import inspect
 import json
 import pkgutil
+import threading
 import types
 import warnings
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -416,12 +418,14 @@ class _Static:
                          for path, (kind, tag, mapped) in zip(self.paths, self.entries))
 
 
-_statics: dict[Any, _Static] = {}  # kept, as are compiled functions: one for each kind of model
+_statics: weakref.WeakValueDictionary[Any, _Static] = weakref.WeakValueDictionary()
+_statics_lock = threading.RLock()  # or two threads could make two of the same
 
 
 def _static(paths: tuple[Path, ...], entries: tuple[Any, ...]) -> _Static:
     contents = paths, entries, tuple([_typed(tag) for _, tag, _ in entries if tag is not None])
-    return _statics.get(contents) or _statics.setdefault(contents, _Static(paths, entries))
+    with _statics_lock:
+        return _statics.get(contents) or _statics.setdefault(contents, _Static(paths, entries))
 
 
 def _typed(tag: Any) -> Any:
