@@ -257,7 +257,8 @@ def _predicate(filter: Filter) -> Any:
         return lambda path, thing: any(each(path, thing) for each in any_of)
     if callable(filter) and not isinstance(filter, Module):  # which is callable, but no filter
         return filter
-    raise TypeError(f"a filter is a type, a tag, a callable or a list; got {type(filter).__name__}")
+    raise TypeError("a filter is a type, a tag (str), a callable (path, object) -> bool, `...`, "
+                    f"None, or a list or tuple of these; got {type(filter).__name__}")
 
 
 def _filtered(things: Mapping[Path, T], filter: Filter) -> dict[Path, T]:
@@ -654,11 +655,14 @@ def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
     _check_alike(new, old)
     mask = jnp.asarray(mask)
     of_members = any(mapped for _, _, mapped in old._static.entries)
-    if unfit := [f"{_dotted(leaf_path)!r} {_described(leaf)}{'' if mapped else ', shared'}"
-                 for (path, ((_, _, mapped), value)), other in zip(_rows(old).items(), new._values)
-                 for (leaf_path, leaf), fresh in zip(_leaves(value, path), jax.tree.leaves(other))
-                 if leaf is not fresh and mask.shape != (
-                     np.shape(leaf)[:mapped if of_members else None][:mask.ndim])]:
+    unfit = []
+    for (path, ((_, _, mapped), value)), other in zip(_rows(old).items(), new._values):
+        for (leaf_path, leaf), fresh in zip(_leaves(value, path), jax.tree.leaves(other)):
+            axes = np.shape(leaf)[:mapped] if of_members else np.shape(leaf)
+            if leaf is not fresh and axes[:mask.ndim] != mask.shape:
+                shared = "" if mapped else ", shared"
+                unfit.append(f"{_dotted(leaf_path)!r} {_described(leaf)}{shared}")
+    if unfit:
         raise ValueError(f"the mask's axes {mask.shape} do not lead {'; '.join(unfit)}; call where "
                          "in the same jitted function, or take what is shared with partition")
     masks = functools.cache(lambda rank: jnp.expand_dims(mask, tuple(range(mask.ndim, rank))))
