@@ -732,13 +732,10 @@ def _refill(holder: Any, parts: dict[Any, Any]) -> None:
 
 def _all_or_nothing(graph: _Graph, run: Callable[[], Any]) -> None:
     """Run, and if it raises put a graph, and the kinds and values of its states, back as before."""
-    things = graph.things()
+    things, saved = graph.things(), []
     kinds = [*map(type, things)]
-    saved: list[Any] = []  # one flat list, since many dicts would wake the garbage collector
-    for inside in map(_inside, things):
-        saved.append(len(inside))
-        saved.extend(inside)
-        saved.extend(inside.values())
+    for inside in map(_inside, things):  # one flat list: many dicts wake the garbage collector
+        saved += [len(inside), *inside, *inside.values()]
     values = [(box, jax.tree.map(lambda leaf: np.copy(leaf) if type(leaf) is np.ndarray else leaf,
                                  box.value)) for box in graph.states.values()
               if "value" in box.__dict__ and not isinstance(box.value, jax.Array)]
@@ -756,17 +753,6 @@ def _all_or_nothing(graph: _Graph, run: Callable[[], Any]) -> None:
         raise
 
 
-def _built(boxes: dict[Path, State]) -> Any:
-    """A state, or new containers of states by their paths there: lists for keys 0, 1, ..."""
-    if [*boxes] == [()]:
-        return boxes[()]
-    below: dict[Any, dict[Path, State]] = {}
-    for path, box in boxes.items():
-        below.setdefault(path[0], {})[path[1:]] = box
-    parts = {step: _built(each) for step, each in below.items()}
-    return [*parts.values()] if [*parts] == [*range(len(parts))] else parts
-
-
 def _attach(graph: _Graph, boxes: Mapping[Path, State]) -> None:
     """Put new states where their paths say: in the deepest holder there is, in new containers.
 
@@ -774,35 +760,39 @@ def _attach(graph: _Graph, boxes: Mapping[Path, State]) -> None:
     new container goes beside modules: the states of three layers do not fit into two.
     """
     holders = {(): graph.root} | graph.modules | graph.containers
-    new: dict[Path, dict[Path, State]] = {}  # by the place of a new part, the states at or below it
-    for path, box in boxes.items():
-        end = next(end for end in range(len(path), 0, -1) if path[:end - 1] in holders)
-        new.setdefault(path[:end], {})[path[end:]] = box
-    with_modules: set[Path] = set() if () in graph.modules else {()}  # the root, if a container,
+    with_modules = {()} - graph.modules.keys()  # the root, if a container,
     for path in graph.modules:  # and all containers between two modules
         while path and (path := path[:-1]) not in graph.modules and path not in with_modules:
             with_modules.add(path)
-    filled: dict[Path, dict[Any, Any]] = {}
+    filled: dict[Path, dict[Any, Any]] = {}  # what holders, new containers too, are to hold
     faults: list[str] = []
-    for place, below in new.items():
-        above, step, holder = place[:-1], place[-1], holders[place[:-1]]
-        parts = filled[above] = filled.get(above) or _inside(holder).copy()
+    for path, box in boxes.items():
+        end = next(end for end in range(len(path) - 1, -1, -1) if path[:end] in holders)
+        above, step, is_state = path[:end], path[end], end + 1 == len(path)
+        if above not in filled:
+            filled[above] = _inside(holders[above]).copy()
+        old, parts = filled[above].get(step), filled[above]
         fits = {Module: isinstance(step, str), list: step in parts or step == len(parts)}
-        old, is_state = parts.get(step), [*below] == [()]
-        free = old is None or isinstance(old, State) and is_state or (  # second names
+        free = old is None or (isinstance(old, State) if is_state else (  # a second name
             isinstance(old, (list, dict))
-            and all(isinstance(part, State) for part in _inside(old).values()))
-        closed = above in with_modules and not (above and is_state) or not is_state and () in below
-        if free and not closed and fits.get(_ROLES[type(holder)], True):
-            parts[step] = _built(below)
-        else:
-            at = _site(above, holder) if old is None else _site(place, old)
-            faults += [f"{_dotted(place + path)!r} at {at}" for path in below]
+            and all(isinstance(part, State) for part in _inside(old).values())))
+        closed = above in with_modules and not (above and is_state)
+        if closed or not free or not fits.get(_ROLES[type(holders[above])], True):
+            at = _site(above, holders[above]) if old is None else _site(path[:end + 1], old)
+            faults.append(f"{_dotted(path)!r} at {at}")
+            continue
+        for end in range(end + 1, len(path)):
+            holders[path[:end]] = filled[path[:end]] = parts[path[end - 1]] = {}
+            parts = filled[path[:end]]
+        parts[path[-1]] = box
     if faults:
         raise ValueError(f"no place for {', '.join(faults)}; create modules in __init__, and write "
                          "None there for a state that init_state creates")
-    for above, parts in filled.items():
-        _refill(holders[above], parts)
+    for place, parts in reversed(filled.items()):  # from the inside to the outside
+        if holders[place] is not parts:
+            _refill(holders[place], parts)
+        elif [*parts] == [*range(len(parts))]:
+            filled[place[:-1]][place[-1]] = [*parts.values()]
 
 
 def _fill(graph: _Graph, rows: _Rows) -> None:
