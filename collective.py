@@ -697,13 +697,12 @@ def _refill(holder: Any, parts: dict[Any, Any]) -> None:
 
 def _all_or_nothing(graph: _Graph, run: Callable[[], Any]) -> None:
     """Run, and if it raises put a graph, and the kinds and values of its states, back as before."""
-    things = graph.things()
+    things, saved = graph.things(), list[Any]()  # flat: many dicts wake the garbage collector
     kinds = [*map(type, things)]
-    saved: list[Any] = []  # one flat list, since many dicts would wake the garbage collector
     for inside in map(_inside, things):
         saved.append(len(inside))
-        saved.extend(inside)
-        saved.extend(inside.values())
+        saved += inside
+        saved += inside.values()
     values = [(box, jax.tree.map(lambda leaf: np.copy(leaf) if type(leaf) is np.ndarray else leaf,
                                  box.value)) for box in graph.states.values()
               if "value" in box.__dict__ and not isinstance(box.value, jax.Array)]
@@ -721,17 +720,6 @@ def _all_or_nothing(graph: _Graph, run: Callable[[], Any]) -> None:
         raise
 
 
-def _built(boxes: dict[Path, State]) -> Any:
-    """A state, or new containers of states by their paths there: lists for keys 0, 1, ..."""
-    if [*boxes] == [()]:
-        return boxes[()]
-    below: dict[Any, dict[Path, State]] = {}
-    for path, box in boxes.items():
-        below.setdefault(path[0], {})[path[1:]] = box
-    parts = {step: _built(each) for step, each in below.items()}
-    return [*parts.values()] if [*parts] == [*range(len(parts))] else parts
-
-
 def _attach(graph: _Graph, boxes: Mapping[Path, State]) -> None:
     """Put new states where their paths say: in the deepest holder there is, in new containers.
 
@@ -739,35 +727,38 @@ def _attach(graph: _Graph, boxes: Mapping[Path, State]) -> None:
     new container goes beside modules: the states of three layers do not fit into two.
     """
     holders = {(): graph.root} | graph.modules | graph.containers
-    new: dict[Path, dict[Path, State]] = {}  # by the place of a new part, the states at or below it
-    for path, box in boxes.items():
-        end = next(end for end in range(len(path), 0, -1) if path[:end - 1] in holders)
-        new.setdefault(path[:end], {})[path[end:]] = box
-    with_modules: set[Path] = set() if () in graph.modules else {()}  # the root, if a container,
+    with_modules = {Path()} - graph.modules.keys()  # the root, if a container,
     for path in graph.modules:  # and all containers between two modules
         while path and (path := path[:-1]) not in graph.modules and path not in with_modules:
             with_modules.add(path)
-    filled: dict[Path, dict[Any, Any]] = {}
+    filled: dict[Path, dict[Any, Any]] = {}  # what holders, new containers too, are to hold
     faults: list[str] = []
-    for place, below in new.items():
-        above, step, holder = place[:-1], place[-1], holders[place[:-1]]
-        parts = filled[above] = filled.get(above) or _inside(holder).copy()
+    for path, box in boxes.items():
+        end = next(end for end in range(len(path) - 1, -1, -1) if path[:end] in holders)
+        above, step, is_state = path[:end], path[end], end + 1 == len(path)
+        parts = filled[above] = filled.get(above) or _inside(holders[above]).copy()
+        old = parts.get(step)
         fits = {Module: isinstance(step, str), list: step in parts or step == len(parts)}
-        old, is_state = parts.get(step), [*below] == [()]
-        free = old is None or isinstance(old, State) and is_state or (  # second names
+        free = old is None or (isinstance(old, State) if is_state else (  # a second name
             isinstance(old, (list, dict))
-            and all(isinstance(part, State) for part in _inside(old).values()))
-        closed = above in with_modules and not (above and is_state) or not is_state and () in below
-        if free and not closed and fits.get(_ROLES[type(holder)], True):
-            parts[step] = _built(below)
-        else:
-            at = _site(above, holder) if old is None else _site(place, old)
-            faults += [f"{_dotted(place + path)!r} at {at}" for path in below]
+            and all(isinstance(part, State) for part in _inside(old).values())))
+        closed = above in with_modules and not (above and is_state)
+        if closed or not free or not fits.get(_ROLES[type(holders[above])], True):
+            at = _site(above, holders[above]) if old is None else _site(path[:end + 1], old)
+            faults.append(f"{_dotted(path)!r} at {at}")
+            continue
+        for end in range(end + 1, len(path)):
+            holders[path[:end]] = filled[path[:end]] = parts[path[end - 1]] = {}
+            parts = filled[path[:end]]
+        parts[path[-1]] = box
     if faults:
         raise ValueError(f"no place for {', '.join(faults)}; create modules in __init__, and write "
                          "None there for a state that init_state creates")
-    for above, parts in filled.items():
-        _refill(holders[above], parts)
+    for place, parts in reversed(filled.items()):  # from the inside to the outside
+        if holders[place] is not parts:
+            _refill(holders[place], parts)
+        elif [*parts] == [*range(len(parts))]:
+            filled[place[:-1]][place[-1]] = [*parts.values()]
 
 
 def _fill(graph: _Graph, rows: dict[Path, _Row]) -> None:
@@ -885,17 +876,15 @@ def _check_call(fn_name: Any, kwargs: Any, fn_if_not_exist: Any, key: Any) -> No
     if key is not None and (not (legacy or _is_key(key)) or np.ndim(key) != legacy):
         raise TypeError(f"key= is one PRNG key, as of jax.random.key(0); got {_described(key)}")
     if key is not None and "key" in kwargs:
-        raise TypeError("a key came both as key=, which gives each node its own, and in kwargs=, "
-                        "which gives all nodes the same; pass one of them")
+        raise TypeError("a key came both as key=, for each node its own, and in kwargs=; pass one")
 
 
-def _method(node: Any, fn_name: str) -> Any:
+def _method(node: Any, name: str) -> Any:
     """A method, or None; of the `__call__` of `Module`, the `update` to which it forwards."""
     if not isinstance(node, Module):
         return None  # `apply` takes no container, whose own methods these would be
-    method = getattr(node, fn_name, None)
-    if method is None and inspect.getattr_static(node, fn_name, None) is not None:
-        return getattr(node, fn_name)  # a property that raises AttributeError is no missing method
+    of_class = hasattr(type(node), name)  # then a property that fails is no missing method
+    method = getattr(node, name) if of_class else getattr(node, name, None)
     return _method(node, "update") if getattr(method, "__func__", 0) is Module.__call__ else method
 
 
@@ -903,25 +892,17 @@ def _look(method: Any, args: Any, kwargs: Any, key: Key) -> tuple[str | None, fl
     """What is wrong with a call of one method, if anything; its level; whether it gets a key."""
     if not callable(method):
         return _MISSING if method is None else "on {} the attribute {!r} must be callable", 0, False
-    function, parameters, given = getattr(method, "__func__", method), {}, None
+    fault, takes_key = None, False
     with contextlib.suppress(ValueError, TypeError):  # a builtin that does not tell, or arguments
         signature = inspect.signature(method)         # that the call itself will refuse
-        parameters = dict(signature.parameters)
-        given = signature.bind_partial(*args, **kwargs).arguments
-    key_of: Any = parameters.get("key")
-    named = key_of and key_of.kind in (key_of.POSITIONAL_OR_KEYWORD, key_of.KEYWORD_ONLY)
-    fault = None
-    if given is None or not named:
-        pass
-    elif "key" in given and key is not None:
-        fault = ("{} gets one key for {!r} by position and another by key=; pass one of them, or "
-                 "put `key` last or after `*`")
-    elif "key" not in given and key is None and key_of.default is key_of.empty:
-        fault = "{} requires a key for {!r}; pass key=jax.random.key(0)"
-    silent = function is Module.init_state or function is Module.reset_state  # do nothing
-    takes_key = named or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    level = getattr(function, "call_order", float("-inf"))
-    return fault, level, bool(takes_key) and key is not None and not silent
+        takes_key = key is not None and any(each.name == "key" or each.kind is each.VAR_KEYWORD
+                                            for each in signature.parameters.values())
+        given = signature.bind_partial(*args, **kwargs)
+        given.apply_defaults()
+        if key is None and "key" in signature.parameters and "key" not in given.arguments:
+            fault = "{} requires a key for {!r}; pass key=jax.random.key(0)"
+    silent = getattr(method, "__func__", 0) in (Module.init_state, Module.reset_state)
+    return fault, getattr(method, "call_order", float("-inf")), takes_key and not silent
 
 
 def _plan(nodes: Mapping[Path, Any], fn_name: str, args: Any, kwargs: Mapping[str, Any] | None,
@@ -929,14 +910,12 @@ def _plan(nodes: Mapping[Path, Any], fn_name: str, args: Any, kwargs: Mapping[st
     """Check all that can be checked before the first method runs."""
     args, kwargs = args if isinstance(args, tuple) else (args,), {} if kwargs is None else kwargs
     _check_call(fn_name, kwargs, fn_if_not_exist, key)
-    if node_to_exclude is not None:
-        excluded = _filtered(nodes, node_to_exclude)
-        nodes = {path: node for path, node in nodes.items() if path not in excluded}
+    excludes = _predicate(node_to_exclude)
     levels: dict[float, dict[Path, bool]] = {}
     faults: dict[str, dict[Path, bool]] = {}
     looks: dict[int, Any] = {}  # by function, kept alive, so that one look serves all its nodes
-    for path, node in nodes.items():
-        method = _method(node, fn_name)
+    for path in [path for path, node in nodes.items() if not excludes(path, node)]:
+        method = _method(nodes[path], fn_name)
         function = getattr(method, "__func__", method)
         if id(function) not in looks:
             looks[id(function)] = *_look(method, args, kwargs, key), function
@@ -945,10 +924,8 @@ def _plan(nodes: Mapping[Path, Any], fn_name: str, args: Any, kwargs: Mapping[st
         alike[path] = takes_key
     for fault, alike in faults.items():
         text = fault.format(_sites(nodes, alike), fn_name)
-        if fault is not _MISSING:
-            raise TypeError(text)
-        if fn_if_not_exist == "raise":
-            raise AttributeError(text)
+        if fault is not _MISSING or fn_if_not_exist == "raise":
+            raise (AttributeError if fault is _MISSING else TypeError)(text)
         if fn_if_not_exist == "warn":
             _warn(text)
     steps = {path: keyed for level in sorted(levels) for path, keyed in levels[level].items()}
@@ -964,53 +941,41 @@ def _node_key(key: Key, path: Path) -> Key:
     return _fold_in(key, np.frombuffer(digest, "<u4").astype(np.uint32))
 
 
-def _shapes(path: Path, box: State) -> dict[Path, tuple[int, ...]]:
-    return {leaf_path: np.shape(leaf) for leaf_path, leaf in _leaves(box.value, path)}
-
-
 def _run(plan: _Plan, graph: _Graph) -> Outputs:
     """Run a plan on the modules of a graph; `ValueError` if mapped axes of its states change."""
-    outputs: Outputs = {}
-    before = {path: (box.mapped, _shapes(path, box))
+    name, outputs = plan.fn_name, Outputs()
+    before = {path: (box.mapped, dict(_leaves(box.value, path)))
               for path, box in graph.states.items() if box.mapped}
     for path, takes_key in plan.steps.items():
         node = graph.modules[path]
         try:
             key = {"key": _node_key(plan.key, path)} if takes_key else {}
-            output = getattr(node, plan.fn_name)(*plan.args, **plan.kwargs, **key)
+            outputs[path] = getattr(node, name)(*plan.args, **plan.kwargs, **key)
         except Exception as error:
             with contextlib.suppress(Exception):  # a frozen exception, say, refuses notes
-                error.add_note(f"raised by {plan.fn_name!r} of {_site(path, node)}")
-                if isinstance(error, AttributeError) and error.name and (  # as in self.h.value
-                        isinstance(error.obj, (Module, type(None)))):
+                error.add_note(f"raised by {name!r} of {_site(path, node)}")
+                if isinstance(getattr(error, "obj", 0), (Module, type(None))):  # as in self.h.value
                     error.add_note("was the model initialised, by init or init_all_states?")
             raise
-        if output is not None:
-            outputs[path] = output
-    changed, after = [], {}
-    if before and plan.fn_name != "init_state":  # which may begin anew, with other members
-        after = _walk(graph.root).states
-    for path, (mark, old) in before.items():
-        box = after.get(path, graph.states[path])
-        members = next(iter(old.values()), ())[:mark]  # of which new leaves have to be, too
-        for leaf_path, shape in _shapes(path, box).items():
-            was = old.get(leaf_path, members or shape)
-            if box.mapped < mark or len(shape) < len(was) or shape[:mark] != was[:mark]:
-                changed.append(_site(leaf_path, box))
-    if changed:
-        name = plan.fn_name
+    remade = before and name != "init_state"  # which may begin anew, with other members
+    after = graph.states | (_walk(graph.root).states if remade else {})
+    if changed := [_site(leaf_path, after[path]) for path, (mark, old) in before.items()
+                   for leaf_path, leaf in _leaves(after[path].value, path)
+                   if after[path].mapped < mark
+                   or np.ndim(leaf) < np.ndim(old.get(leaf_path, leaf))
+                   or np.shape(leaf)[:mark] != np.shape(  # a new leaf is as the first one is
+                       old.get(leaf_path, next(iter(old.values()), leaf)))[:mark]]:
         form = {"init_state": "vmap_init", "reset_state": "vmap_reset"}.get(name, "vmap_call_all")
         raise ValueError(f"{name!r} ran once for all members and changed the leading axes "
                          f"of {', '.join(changed)}; run it with {form} (or vmap_apply, or in place)"
                          f" or, for nested members, vmap(functools.partial({form}, module))")
-    return outputs
+    return {path: output for path, output in outputs.items() if output is not None}
 
 
 # ---- Pure calls ----------------------------------------------------------------------------------
 
 
-def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan,
-                 ) -> tuple[Outputs, dict[Path, State], dict[Path, State]]:
+def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan) -> tuple[dict[Path, Any], ...]:
     """Run a plan on a copy: the outputs, and the boxes before and after, by path."""
     copied = _copied(graph, state)
     outputs, after = _run(plan, copied), _walk(copied.root)
@@ -1018,18 +983,16 @@ def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan,
     if created := [path for path, node in after.modules.items() if id(node) not in known]:
         raise ValueError(f"{plan.fn_name!r} created modules, {_sites(after.modules, created)}; "
                          "create modules in __init__, states in init_state")
-    lost = {path: box for path, box in copied.states.items() if path not in after.states}
-    if covered := [path for path in lost if path[:-1] in copied.containers and any(map(
-            _is_array, jax.tree.leaves(_inside(copied.containers[path[:-1]]).get(path[-1]))))]:
-        raise TypeError(f"{plan.fn_name!r} put arrays in the place of {_sites(lost, covered)}; "
-                        "write to their .value instead")
-    for alias in _in_order(after.aliases.keys() - graph.aliases.keys()):
-        first = after.aliases[alias]
-        for path, box in after.states.items():
-            if path[:len(first)] == first and id(box) not in known:
-                other = _dotted(alias + path[len(first):])
-                raise ValueError(f"{plan.fn_name!r} created a state with two names, "
-                                 f"{_dotted(path)!r} and {other!r}; share it in __init__")
+    if covered := [path for path in copied.states.keys() - after.states.keys() if _is_array(
+            _inside(copied.containers.get(path[:-1], ())).get(path[-1]))]:
+        raise TypeError(f"{plan.fn_name!r} put arrays in the place of "
+                        f"{_sites(copied.states, covered)}; write to their .value instead")
+    if twice := [f"{_dotted(path)!r} and {_dotted(alias + path[len(first):])!r}"
+                 for alias, first in after.aliases.items() if alias not in graph.aliases
+                 for path, box in after.states.items()
+                 if id(box) not in known and path[:len(first)] == first]:
+        raise ValueError(f"{plan.fn_name!r} created states with two names, {', '.join(twice)}; "
+                         "share them in __init__")
     return outputs, copied.states, after.states
 
 
