@@ -684,9 +684,9 @@ def snapshot(module: Any) -> StateTree:
 
 
 def _refill(holder: Any, parts: dict[Any, Any]) -> None:
-    """Make a module, state, list or dict hold these parts and nothing else."""
+    """Make a module, list or dict hold these parts and nothing else."""
     role = _ROLES[type(holder)]
-    inside, methods = (holder.__dict__, dict) if role in (Module, State) else (holder, role)
+    inside, methods = (holder.__dict__, dict) if role is Module else (holder, role)
     methods.clear(inside)
     if role is list:
         list.extend(inside, parts.values())
@@ -695,28 +695,26 @@ def _refill(holder: Any, parts: dict[Any, Any]) -> None:
             methods.__setitem__(inside, name, part)
 
 
+def _kept(value: Any) -> Any:
+    """A value that stays as it is, whatever becomes of its containers and NumPy arrays."""
+    return value if isinstance(value, jax.Array) else jax.tree.map(
+        lambda leaf: leaf.copy() if type(leaf) is np.ndarray else leaf, value)
+
+
 def _all_or_nothing(graph: _Graph, run: Callable[[], Any]) -> None:
-    """Run, and if it raises put a graph, and the kinds and values of its states, back as before."""
-    things, saved = graph.things(), list[Any]()  # flat: many dicts wake the garbage collector
-    kinds = [*map(type, things)]
-    for inside in map(_inside, things):
-        saved.append(len(inside))
-        saved += inside
-        saved += inside.values()
-    values = [(box, jax.tree.map(lambda leaf: np.copy(leaf) if type(leaf) is np.ndarray else leaf,
-                                 box.value)) for box in graph.states.values()
-              if "value" in box.__dict__ and not isinstance(box.value, jax.Array)]
+    """Run, and if it raises put what a graph holds, and its states, back as they were."""
+    holders = [*graph.modules.values(), *graph.containers.values()]
+    inside = [_inside(holder).copy() for holder in holders]
+    boxes = [*graph.states.values()]
+    kinds, tags = [*map(type, boxes)], [box.tag for box in boxes]  # a tuple for each costs more
+    marks, values = [box.mapped for box in boxes], [_kept(box.value) for box in boxes]
     try:
         run()
     except BaseException:
-        rest: Any = iter(saved)
-        for thing, kind in zip(things, kinds):
-            names = [next(rest) for _ in range(next(rest))]
-            _refill(thing, dict(zip(names, rest)))  # names first: zip would draw one part too many
-            if type(thing) is not kind:
-                thing.__class__ = kind
-        for box, value in values:
-            box.value = value
+        for holder, parts in zip(holders, inside):
+            _refill(holder, parts)
+        for box, kind, tag, mark, value in zip(boxes, kinds, tags, marks, values):
+            _load(((kind, tag, mark), value), box)
         raise
 
 
