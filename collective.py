@@ -183,29 +183,6 @@ def _is_array(leaf: Any) -> bool:
         isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "biufcV")
 
 
-def _is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of typed PRNG keys."""
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _sharding(leaf: Any) -> Any:
-    """Where an array lies; None if it is traced, when asking it would describe the whole trace."""
-    return getattr(leaf, "sharding", None) if isinstance(leaf, _concrete()) else None
-
-
-@functools.cache
-def _concrete() -> tuple[type, ...]:
-    with jax.ensure_compile_time_eval():
-        return type(jnp.zeros(())), type(jax.random.key(0))
-
-
-def _warn(message: str) -> None:
-    """Warn at the line that called this file."""
-    files = [frame.filename for frame in inspect.stack(0)]
-    outside = (level for level, file in enumerate(files, 1) if file != files[0])
-    warnings.warn(message, stacklevel=next(outside, len(files)))
-
-
 # ---- States and filters --------------------------------------------------------------------------
 
 
@@ -623,6 +600,11 @@ def subtree(state: StateTree, path: Path | str) -> StateTree:
     return _tree_from_rows(below)
 
 
+def _is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed PRNG keys."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def flat_dict(state: StateTree) -> dict[str, Any]:
     """All leaves by dotted name, typed keys as their data: what npz and safetensors take.
 
@@ -903,6 +885,13 @@ def _look(method: Any, args: Any, kwargs: Any, key: Key) -> tuple[str | None, fl
     return fault, getattr(method, "call_order", float("-inf")), takes_key and not silent
 
 
+def _warn(message: str) -> None:
+    """Warn at the line that called this file."""
+    files = [frame.filename for frame in inspect.stack(0)]
+    outside = (level for level, file in enumerate(files, 1) if file != files[0])
+    warnings.warn(message, stacklevel=next(outside, len(files)))
+
+
 def _plan(nodes: Mapping[Path, Any], fn_name: str, args: Any, kwargs: Mapping[str, Any] | None,
           node_to_exclude: Filter = None, fn_if_not_exist: str = "raise", key: Key = None) -> _Plan:
     """Check all that can be checked before the first method runs."""
@@ -939,10 +928,14 @@ def _node_key(key: Key, path: Path) -> Key:
     return _fold_in(key, np.frombuffer(digest, "<u4").astype(np.uint32))
 
 
+def _shapes(path: Path, box: State) -> dict[Path, tuple[int, ...]]:
+    return {leaf_path: np.shape(leaf) for leaf_path, leaf in _leaves(box.value, path)}
+
+
 def _run(plan: _Plan, graph: _Graph) -> Outputs:
     """Run a plan on the modules of a graph; `ValueError` if mapped axes of its states change."""
     name, outputs = plan.fn_name, Outputs()
-    before = {path: (box.mapped, dict(_leaves(box.value, path)))
+    before = {path: (box.mapped, _shapes(path, box))
               for path, box in graph.states.items() if box.mapped}
     for path, takes_key in plan.steps.items():
         node = graph.modules[path]
@@ -955,14 +948,17 @@ def _run(plan: _Plan, graph: _Graph) -> Outputs:
                 if isinstance(getattr(error, "obj", 0), (Module, type(None))):  # as in self.h.value
                     error.add_note("was the model initialised, by init or init_all_states?")
             raise
-    remade = before and name != "init_state"  # which may begin anew, with other members
-    after = graph.states | (_walk(graph.root).states if remade else {})
-    if changed := [_site(leaf_path, after[path]) for path, (mark, old) in before.items()
-                   for leaf_path, leaf in _leaves(after[path].value, path)
-                   if after[path].mapped < mark
-                   or np.ndim(leaf) < np.ndim(old.get(leaf_path, leaf))
-                   or np.shape(leaf)[:mark] != np.shape(  # a new leaf is as the first one is
-                       old.get(leaf_path, next(iter(old.values()), leaf)))[:mark]]:
+    after = graph.states
+    if before and name != "init_state":  # which may begin anew, with other members
+        after = after | _walk(graph.root).states
+    changed = []
+    for path, (mark, old) in before.items():
+        members = next(iter(old.values()), ())[:mark]  # of which new leaves have to be, too
+        for leaf_path, shape in _shapes(path, after[path]).items():
+            was = old.get(leaf_path, members or shape)
+            if after[path].mapped < mark or len(shape) < len(was) or shape[:mark] != was[:mark]:
+                changed.append(_site(leaf_path, after[path]))
+    if changed:
         form = {"init_state": "vmap_init", "reset_state": "vmap_reset"}.get(name, "vmap_call_all")
         raise ValueError(f"{name!r} ran once for all members and changed the leading axes "
                          f"of {', '.join(changed)}; run it with {form} (or vmap_apply, or in place)"
@@ -1319,6 +1315,17 @@ def vmap_init(module: Any, *args: Any, axis_size: int | None = None, axis_name: 
               "independent members: vmap(lambda key: init(Model(key), key=key))"
               "(jax.random.split(key, axis_size))")
     return state
+
+
+def _sharding(leaf: Any) -> Any:
+    """Where an array lies; None if it is traced, when asking it would describe the whole trace."""
+    return getattr(leaf, "sharding", None) if isinstance(leaf, _concrete()) else None
+
+
+@functools.cache
+def _concrete() -> tuple[type, ...]:
+    with jax.ensure_compile_time_eval():
+        return type(jnp.zeros(())), type(jax.random.key(0))
 
 
 def vmap_reset(module: Any, state: StateTree, *args: Any, axis_size: int | None = None,
