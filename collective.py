@@ -29,7 +29,7 @@ inside ``jit``, ``grad``, ``vmap`` and ``scan``::
 
 In place: `call_all_fns`, `init_all_states`, `reset_all_states`, their ``vmap_`` forms and
 `assign_state_values`. `call_order` orders the calls of both families. A list, tuple or dict of
-modules goes wherever a module does, but in `apply`; anything else is a `TypeError`. All that can
+modules goes wherever a module does, except in `apply`; anything else is a `TypeError`. All that can
 be checked is checked before the first method runs, and a call that raises changes nothing.
 
 >>> class Cell(Module):
@@ -48,7 +48,7 @@ be checked is checked before the first method runs, and a call that raises chang
 path  kind        value           mapped
 w     ParamState  float32[3,8,9]  1
 1 leaves, 216 numbers, 864 B
->>> def losses(params):                                 # of each member, to foretell the wave
+>>> def losses(params):                                 # of each member, predicting the wave
 ...     step = lambda state, x: vmap_apply(model, state, x, in_axes=None)[::-1]
 ...     _, outputs = jax.lax.scan(step, params | rest, wave[:-1])
 ...     return jnp.mean((outputs - wave[1:, None]) ** 2, axis=0)
@@ -132,14 +132,14 @@ def _is_step(step: Any) -> bool:
 
 
 def _order(path: Any) -> list[tuple[int, Any]]:
-    """Where a path comes: ints by number, then strings, then others by `repr`."""
+    """The sort key of a path: ints by number, then strings, then others by `repr`."""
     return [(0, step) if isinstance(step, int) else (1, step) if isinstance(step, str)
             else (2, repr(step)) for step in (path if isinstance(path, tuple) else (path,))]
 
 
 def _in_order(paths: Collection[Path]) -> list[Path]:
     try:
-        return sorted(paths)  # the same order, only faster, unless steps are tuples
+        return sorted(paths)  # the same order, faster; raises where ints meet strings
     except TypeError:
         return sorted(paths, key=_order)
 
@@ -247,7 +247,7 @@ def _filtered(things: Mapping[Path, T], filter: Filter) -> dict[Path, T]:
 
 
 class Module:
-    """Base class of what holds states, to mix in.
+    """Base class, or mix-in, of everything that holds states.
 
     Define ``update``, which calling the module calls, and `init_state` and `reset_state`.
 
@@ -263,7 +263,8 @@ class Module:
 
     def __setattr__(self, name: str, value: Any) -> None:
         held = vars(self).get(name)
-        if isinstance(held, State) and any(map(_is_array, jax.tree.leaves(value))):
+        if isinstance(held, State) and not isinstance(value, State) and (
+                any(map(_is_array, jax.tree.leaves(value)))):
             raise TypeError(f"{name!r} is a {type(held).__name__}; write self.{name}.value = ...")
         super().__setattr__(name, value)
 
@@ -297,8 +298,8 @@ class Module:
 class _Roles(dict[type, Any]):
     """By type, the class whose methods the walk uses; None for what it passes over.
 
-    Remembered, since checks of types took half of the time of a walk. A new kind of holder goes
-    here, and into `_walk` (the root), `_inside`, `_refill`, `_emptied` and `_attach`.
+    A dict, which looks up three times as fast as `functools.cache`. A new kind of holder goes
+    here, and into `_walk` (the root), `_refill`, `_new_like` and `_attach`.
     """
 
     def __missing__(self, kind: type) -> Any:
@@ -344,11 +345,12 @@ def _walk(root: Any) -> _Graph:
     graph, seen = _Graph(root, {}, {}, {}, {}), dict[int, Path]()
     stack: list[Any] = [((), root, _ROLES[type(root)], None)]
     while stack:
-        path, part, role, odd = stack.pop()  # `odd` is the path of a key that no path may have
-        if odd and (role is Module or role is State):
+        path, part, role, bad_key_at = stack.pop()
+        if bad_key_at and (role is Module or role is State):
+            key = bad_key_at[-1]
             raise TypeError("a key on the way to a state or module is a str, an int or a tuple of "
-                            f"these; got {odd[-1]!r} ({type(odd[-1]).__name__}) at {odd}")
-        if role is None:  # all that is inside was visited
+                            f"these; got {key!r} ({type(key).__name__}) at {bad_key_at}")
+        if role is None:  # a second visit: all that is inside was visited
             (graph.modules if isinstance(part, Module) else graph.containers)[path] = part
         elif (first := seen.setdefault(id(part), path)) is not path:
             if role is not Module:
@@ -361,8 +363,8 @@ def _walk(root: Any) -> _Graph:
             for name, inner in reversed(_inside(part).items()):
                 if inner_role := _ROLES[type(inner)]:
                     here = path + (name,)
-                    odd_here = odd or (None if type(name) is str or _is_step(name) else here)
-                    stack.append((here, inner, inner_role, odd_here))
+                    good = type(name) is str or _is_step(name)
+                    stack.append((here, inner, inner_role, bad_key_at or (None if good else here)))
     return graph
 
 
@@ -380,7 +382,7 @@ def traverse(module: Any) -> Iterator[tuple[Path, Module]]:
 # A tree holds its values in one tuple, in canonical order, so that JAX flattens it with one call.
 # All else is static; `_static` makes equal static parts one object: treedefs compare by identity.
 
-_Row = tuple[tuple[type[State], Hashable, int], Any]  # kind, tag and mapped count, and the value
+_Row = tuple[tuple[type[State], Hashable, int], Any]  # kind, tag and mark of a box; its value
 
 
 class _Static:
@@ -408,7 +410,9 @@ def _static(paths: tuple[Path, ...], entries: tuple[Any, ...]) -> _Static:
 
 def _typed(tag: Any) -> Any:
     """A tag with its types, since 1, True and 1.0 are equal."""
-    return type(tag), type(tag)(map(_typed, tag)) if type(tag) in (tuple, frozenset) else tag
+    if isinstance(tag, (tuple, frozenset)):
+        return type(tag), (tuple if isinstance(tag, tuple) else frozenset)(map(_typed, tag))
+    return type(tag), tag
 
 
 def _owned(value: Any) -> Any:
@@ -420,7 +424,7 @@ def _owned(value: Any) -> Any:
 
 
 def _row(path: Path, box: State) -> _Row:
-    """What a tree says of a box, all of whose leaves become arrays."""
+    """The row of a box, all of whose leaves become arrays."""
     try:
         value = box.value if isinstance(box.value, jax.Array) else (
             jax.tree.map(jnp.asarray, _owned(box.value)))
@@ -430,7 +434,7 @@ def _row(path: Path, box: State) -> _Row:
 
 
 def _rows(tree: StateTree) -> dict[Path, _Row]:
-    """What a tree says of its states; the values are for the caller to keep."""
+    """The rows of a tree by path; the values are for the caller to keep."""
     if not isinstance(tree, StateTree):
         raise TypeError(f"expected a StateTree, as of snapshot(module); got {type(tree).__name__}")
     return dict(zip(tree._static.paths, zip(tree._static.entries, map(_owned, tree._values))))
@@ -484,7 +488,8 @@ class StateTree(Mapping[Path, Any]):
         for name, part in dict(states).items():
             path = _as_path(name) if isinstance(name, (str, tuple)) else ()
             if not (name and path and _is_step(path) and isinstance(part, (State, StateTree))):
-                raise TypeError(f"expected a path with a State or tree; got {name!r}, {type(part)}")
+                raise TypeError("expected a path with a State or tree, as in {'w': ParamState(1.)};"
+                                f" got {name!r} with {type(part).__name__}")
             new = _rows(part) if isinstance(part, StateTree) else {(): _row(path, part)}
             rows += [(path + below, row) for below, row in new.items()]
         _check_names(path for path, _ in rows)
@@ -565,7 +570,7 @@ def _no_state(state: StateTree, name: str) -> KeyError:
         return KeyError(f"no state {name!r}; subtree(tree, {name!r}) has those below it")
     near = sorted(names, key=lambda each: abs(len(each) - len(name)))[:100]
     closest = difflib.get_close_matches(name, near, cutoff=0)
-    return KeyError(f"{name!r} finds nothing here; the closest states are {closest}")
+    return KeyError(f"no state {name!r}, or none below it; the closest are {closest}")
 
 
 def _tree_leaves(state: StateTree) -> list[tuple[Path, Any]]:
@@ -581,7 +586,7 @@ def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
     ([('w',)], [('h',)])
     """
     rows = _rows(state)
-    matching = _filtered({path: _load(row) for path, row in rows.items()}, filter)
+    matching = _filtered(state.states(), filter)
     rest = {path: row for path, row in rows.items() if path not in matching}
     return _tree_from_rows({path: rows[path] for path in matching}), _tree_from_rows(rest)
 
@@ -636,9 +641,9 @@ def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
     """
     _check_alike(new, old)
     mask = jnp.asarray(mask)
-    of_members = any(mapped for _, _, mapped in old._static.entries)
-    unfit = []
-    for (path, ((_, _, mapped), value)), other in zip(_rows(old).items(), new._values):
+    marks = [mapped for _, _, mapped in old._static.entries]
+    unfit, of_members = [], any(marks)
+    for path, mapped, value, other in zip(old, marks, old._values, new._values):
         for (leaf_path, leaf), fresh in zip(_leaves(value, path), jax.tree.leaves(other)):
             axes = np.shape(leaf)[:mapped] if of_members else np.shape(leaf)
             if leaf is not fresh and axes[:mask.ndim] != mask.shape:
@@ -666,9 +671,9 @@ def snapshot(module: Any) -> StateTree:
 
 
 def _refill(holder: Any, parts: dict[Any, Any]) -> None:
-    """Make a module, list or dict hold these parts and nothing else."""
+    """Make a module, state, list or dict hold these parts and nothing else."""
     role = _ROLES[type(holder)]
-    inside, methods = (holder.__dict__, dict) if role is Module else (holder, role)
+    inside, methods = (holder.__dict__, dict) if role in (Module, State) else (holder, role)
     methods.clear(inside)
     if role is list:
         list.extend(inside, parts.values())
@@ -677,39 +682,41 @@ def _refill(holder: Any, parts: dict[Any, Any]) -> None:
             methods.__setitem__(inside, name, part)
 
 
-def _kept(value: Any) -> Any:
-    """A value that stays as it is, whatever becomes of its containers and NumPy arrays."""
-    return value if isinstance(value, jax.Array) else jax.tree.map(
-        lambda leaf: leaf.copy() if type(leaf) is np.ndarray else leaf, value)
-
-
 def _all_or_nothing(graph: _Graph, run: Callable[[], Any]) -> None:
-    """Run, and if it raises put what a graph holds, and its states, back as they were."""
-    holders = [*graph.modules.values(), *graph.containers.values()]
-    inside = [_inside(holder).copy() for holder in holders]
-    boxes = [*graph.states.values()]
-    kinds, tags = [*map(type, boxes)], [box.tag for box in boxes]  # a tuple for each costs more
-    marks, values = [box.mapped for box in boxes], [_kept(box.value) for box in boxes]
+    """Run, and if it raises put a graph, and the kinds and values of its states, back as before."""
+    things, saved = graph.things(), list[Any]()  # flat: many dicts wake the garbage collector
+    kinds = [*map(type, things)]
+    for inside in map(_inside, things):
+        saved.append(len(inside))
+        saved += inside
+        saved += inside.values()
+    values = [(box, jax.tree.map(lambda leaf: np.copy(leaf) if type(leaf) is np.ndarray else leaf,
+                                 box.value)) for box in graph.states.values()
+              if "value" in box.__dict__ and not isinstance(box.value, jax.Array)]
     try:
         run()
     except BaseException:
-        for holder, parts in zip(holders, inside):
-            _refill(holder, parts)
-        for box, kind, tag, mark, value in zip(boxes, kinds, tags, marks, values):
-            _load(((kind, tag, mark), value), box)
+        rest: Any = iter(saved)
+        for thing, kind in zip(things, kinds):
+            names = [next(rest) for _ in range(next(rest))]
+            _refill(thing, dict(zip(names, rest)))  # names first: zip would draw one part too many
+            if type(thing) is not kind:
+                thing.__class__ = kind
+        for box, value in values:
+            box.value = value
         raise
 
 
 def _attach(graph: _Graph, boxes: Mapping[Path, State]) -> None:
-    """Put new states where their paths say: in the deepest holder there is, in new containers.
+    """Put new states where their paths say: below the deepest holder there is, in new containers.
 
     A place is free if nothing or None is there or, for a state, a second name of another one. No
     new container goes beside modules: the states of three layers do not fit into two.
     """
     holders = {(): graph.root} | graph.modules | graph.containers
-    with_modules = {Path()} - graph.modules.keys()  # the root, if a container,
+    with_modules: set[Path] = set() if () in graph.modules else {()}  # the root, if a container,
     for path in graph.modules:  # and all containers between two modules
-        while path and (path := path[:-1]) not in graph.modules and path not in with_modules:
+        while path and (path := path[:-1]) not in graph.modules:
             with_modules.add(path)
     filled: dict[Path, dict[Any, Any]] = {}  # what holders, new containers too, are to hold
     faults: list[str] = []
@@ -718,18 +725,19 @@ def _attach(graph: _Graph, boxes: Mapping[Path, State]) -> None:
         above, step, is_state = path[:end], path[end], end + 1 == len(path)
         parts = filled[above] = filled.get(above) or _inside(holders[above]).copy()
         old = parts.get(step)
-        fits = {Module: isinstance(step, str), list: step in parts or step == len(parts)}
+        role = _ROLES[type(holders[above])]
+        fits = role is not list or step in parts or step == len(parts)
         free = old is None or (isinstance(old, State) if is_state else (  # a second name
             isinstance(old, (list, dict))
             and all(isinstance(part, State) for part in _inside(old).values())))
         closed = above in with_modules and not (above and is_state)
-        if closed or not free or not fits.get(_ROLES[type(holders[above])], True):
+        if closed or not free or not fits or role is Module and not isinstance(step, str):
             at = _site(above, holders[above]) if old is None else _site(path[:end + 1], old)
             faults.append(f"{_dotted(path)!r} at {at}")
             continue
-        for end in range(end + 1, len(path)):
-            holders[path[:end]] = filled[path[:end]] = parts[path[end - 1]] = {}
-            parts = filled[path[:end]]
+        for below in range(end + 1, len(path)):
+            new = holders[path[:below]] = filled[path[:below]] = parts[path[below - 1]] = {}
+            parts = new
         parts[path[-1]] = box
     if faults:
         raise ValueError(f"no place for {', '.join(faults)}; create modules in __init__, and write "
@@ -764,9 +772,9 @@ def restore(module: T, state: StateTree) -> T:
     return module
 
 
-def _emptied(thing: Any, *items: Any) -> Any:
-    """A new object of the same class, with the same attributes; a tuple, with the given items."""
-    new = _ROLES[type(thing)].__new__(type(thing), *items)
+def _new_like(thing: Any, *args: Any) -> Any:
+    """A new object of the same class, with the same attributes; ``args`` has a tuple's items."""
+    new = _ROLES[type(thing)].__new__(type(thing), *args)
     if attributes := getattr(thing, "__dict__", None):
         new.__dict__.update(attributes)
     if isinstance(thing, defaultdict):
@@ -780,7 +788,7 @@ def _copy_of(part: Any, copies: dict[int, Any]) -> Any:
     if role is tuple and id(part) not in copies:
         new = [_copy_of(each, copies) for each in tuple.__iter__(part)]
         changed = [*map(id, new)] != [*map(id, tuple.__iter__(part))]
-        copies[id(part)] = _emptied(part, new) if changed else part
+        copies[id(part)] = _new_like(part, new) if changed else part
     if type(part) is types.MethodType and id(part.__self__) in copies:
         return types.MethodType(part.__func__, copies[id(part.__self__)])
     return copies.get(id(part), part)
@@ -792,12 +800,13 @@ def _copied(graph: _Graph, state: StateTree) -> _Graph:
     if lacking := [path for path in graph.states if path not in rows]:
         raise ValueError(f"the state tree lacks {_sites(graph.states, lacking)}, which the module "
                          "has; pass the whole tree, such as `params | rest`")
-    copies = {id(thing): _emptied(thing) for thing in graph.things()}
+    copies = {id(thing): _new_like(thing) for thing in graph.things()}
     for holder in (*graph.modules.values(), *graph.containers.values()):
         _refill(copies[id(holder)], {name: _copy_of(part, copies)
                                      for name, part in _inside(holder).items()})
-    copy = _Graph._make([_copy_of(graph.root, copies), *[
-        {path: copies[id(part)] for path, part in parts.items()} for parts in graph[1:4]], {}])
+    modules, containers, states = [{path: copies[id(thing)] for path, thing in things.items()}
+                                   for things in (graph.modules, graph.containers, graph.states)]
+    copy = _Graph(_copy_of(graph.root, copies), modules, containers, states, graph.aliases)
     _fill(copy, rows)
     return copy
 
@@ -840,8 +849,8 @@ class _Plan(NamedTuple):
     steps: dict[Path, bool]  # by path, in the order of the calls: whether the method takes a key
 
 
-_MISSING = ("{} does not have method {!r}; define it there or, in a call to all nodes, pass "
-            "node_to_exclude= or fn_if_not_exist='pass'")
+_MISSING = ("{} does not have method {!r}; define it there (to call a module, `update`) or, in a "
+            "call to all nodes, pass node_to_exclude= or fn_if_not_exist='pass'")
 
 
 def _check_call(fn_name: Any, kwargs: Any, fn_if_not_exist: Any, key: Any) -> None:
@@ -853,7 +862,7 @@ def _check_call(fn_name: Any, kwargs: Any, fn_if_not_exist: Any, key: Any) -> No
     if fn_if_not_exist not in ("raise", "warn", "pass", "none"):
         raise ValueError(f"fn_if_not_exist is 'raise', 'warn' or 'pass'; got {fn_if_not_exist!r}")
     legacy = getattr(key, "dtype", None) == np.uint32
-    if key is not None and (not (legacy or _is_key(key)) or np.ndim(key) != legacy):
+    if key is not None and (not (legacy or _is_key(key)) or np.ndim(key) != int(legacy)):
         raise TypeError(f"key= is one PRNG key, as of jax.random.key(0); got {_described(key)}")
     if key is not None and "key" in kwargs:
         raise TypeError("a key came both as key=, for each node its own, and in kwargs=; pass one")
@@ -863,8 +872,9 @@ def _method(node: Any, name: str) -> Any:
     """A method, or None; of the `__call__` of `Module`, the `update` to which it forwards."""
     if not isinstance(node, Module):
         return None  # `apply` takes no container, whose own methods these would be
-    of_class = hasattr(type(node), name)  # then a property that fails is no missing method
-    method = getattr(node, name) if of_class else getattr(node, name, None)
+    method = getattr(node, name, None)
+    if method is None and inspect.getattr_static(node, name, None) is not None:
+        return getattr(node, name)  # a property that raises AttributeError is no missing method
     return _method(node, "update") if getattr(method, "__func__", 0) is Module.__call__ else method
 
 
@@ -875,14 +885,16 @@ def _look(method: Any, args: Any, kwargs: Any, key: Key) -> tuple[str | None, fl
     fault, takes_key = None, False
     with contextlib.suppress(ValueError, TypeError):  # a builtin that does not tell, or arguments
         signature = inspect.signature(method)         # that the call itself will refuse
-        takes_key = key is not None and any(each.name == "key" or each.kind is each.VAR_KEYWORD
-                                            for each in signature.parameters.values())
+        takes_key = key is not None and any(
+            each.kind is each.VAR_KEYWORD or each.name == "key" and (
+                each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY))
+            for each in signature.parameters.values())
         given = signature.bind_partial(*args, **kwargs)
         given.apply_defaults()
         if key is None and "key" in signature.parameters and "key" not in given.arguments:
             fault = "{} requires a key for {!r}; pass key=jax.random.key(0)"
-    silent = getattr(method, "__func__", 0) in (Module.init_state, Module.reset_state)
-    return fault, getattr(method, "call_order", float("-inf")), takes_key and not silent
+    does_nothing = getattr(method, "__func__", 0) in (Module.init_state, Module.reset_state)
+    return fault, getattr(method, "call_order", float("-inf")), takes_key and not does_nothing
 
 
 def _warn(message: str) -> None:
@@ -898,7 +910,7 @@ def _plan(nodes: Mapping[Path, Any], fn_name: str, args: Any, kwargs: Mapping[st
     args, kwargs = args if isinstance(args, tuple) else (args,), {} if kwargs is None else kwargs
     _check_call(fn_name, kwargs, fn_if_not_exist, key)
     excludes = _predicate(node_to_exclude)
-    levels: dict[float, dict[Path, bool]] = {}
+    levels: dict[float, dict[Path, bool]] = {}  # a tuple for each node would wake the collector
     faults: dict[str, dict[Path, bool]] = {}
     looks: dict[int, Any] = {}  # by function, kept alive, so that one look serves all its nodes
     for path in [path for path, node in nodes.items() if not excludes(path, node)]:
@@ -923,7 +935,7 @@ _fold_in = jax.jit(lambda key, words: functools.reduce(jax.random.fold_in, words
 
 
 def _node_key(key: Key, path: Path) -> Key:
-    """The key of a node: a matter of its path alone, in every process, unlike `hash`."""
+    """The key of a node: a matter of its path (and `_order`) alone, in every process."""
     digest = hashlib.blake2b(repr(_order(path)).encode(), digest_size=8).digest()
     return _fold_in(key, np.frombuffer(digest, "<u4").astype(np.uint32))
 
@@ -953,16 +965,16 @@ def _run(plan: _Plan, graph: _Graph) -> Outputs:
         after = after | _walk(graph.root).states
     changed = []
     for path, (mark, old) in before.items():
-        members = next(iter(old.values()), ())[:mark]  # of which new leaves have to be, too
+        members = next(iter(old.values()), ())[:mark]  # the leading axes that new leaves need, too
         for leaf_path, shape in _shapes(path, after[path]).items():
-            was = old.get(leaf_path, members or shape)
+            was = old.get(leaf_path, members or shape)  # fewer axes: one is lost though sizes agree
             if after[path].mapped < mark or len(shape) < len(was) or shape[:mark] != was[:mark]:
                 changed.append(_site(leaf_path, after[path]))
     if changed:
         form = {"init_state": "vmap_init", "reset_state": "vmap_reset"}.get(name, "vmap_call_all")
         raise ValueError(f"{name!r} ran once for all members and changed the leading axes "
-                         f"of {', '.join(changed)}; run it with {form} (or vmap_apply, or in place)"
-                         f" or, for nested members, vmap(functools.partial({form}, module))")
+                         f"of {', '.join(changed)}; run it with {form}, vmap_apply or in place "
+                         f"(vmap_) or, for nested members, vmap(functools.partial({form}, module))")
     return {path: output for path, output in outputs.items() if output is not None}
 
 
@@ -977,8 +989,9 @@ def _run_on_copy(graph: _Graph, state: StateTree, plan: _Plan) -> tuple[dict[Pat
     if created := [path for path, node in after.modules.items() if id(node) not in known]:
         raise ValueError(f"{plan.fn_name!r} created modules, {_sites(after.modules, created)}; "
                          "create modules in __init__, states in init_state")
-    if covered := [path for path in copied.states.keys() - after.states.keys() if _is_array(
-            _inside(copied.containers.get(path[:-1], ())).get(path[-1]))]:
+    lost = copied.states.keys() - after.states.keys()
+    if covered := [path for path in lost if any(map(_is_array, jax.tree.leaves(
+            _inside(copied.containers.get(path[:-1], ())).get(path[-1]))))]:
         raise TypeError(f"{plan.fn_name!r} put arrays in the place of "
                         f"{_sites(copied.states, covered)}; write to their .value instead")
     if twice := [f"{_dotted(path)!r} and {_dotted(alias + path[len(first):])!r}"
@@ -1079,7 +1092,7 @@ def _sizes(mapped: StateTree) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _split_args(args: Any, in_axes: Any) -> tuple[Any, ...]:
-    """Arguments as a member sees them, mapped states with a mark less, and the axes of these;
+    """Arguments as a member sees them, mapped states with a mark less, and axes for `jax.vmap`;
     names and sizes of all that is mapped; and for each tree, whether each state of it is mapped.
     """
     axes: list[Any] = []
@@ -1093,9 +1106,10 @@ def _split_args(args: Any, in_axes: Any) -> tuple[Any, ...]:
         raise TypeError(f"{misfit}the {len(args)} arguments, {_described(args)}")
     parts, sizes, trees = [], [], []
     for i, ((keys, part), axis) in enumerate(zip(flat, axes)):
-        name, rank = f"args{jax.tree_util.keystr(keys)}", 1 if _is_tree(part) else np.ndim(part)
-        if axis is not None and (type(axis) is not int or not -rank <= axis < rank):
-            raise TypeError(f"{misfit}{name}, {_described(part)}")
+        name, rank = f"args{jax.tree_util.keystr(keys)}", 0 if _is_tree(part) else np.ndim(part)
+        if axis is not None and (type(axis) is not int or not (
+                _is_tree(part) or -rank <= axis < rank)):
+            raise TypeError(f"{misfit}{name}, {_described(part)}; None shares it")
         if isinstance(part, StateTree):
             own, rest = partition(part, None if axis is None else lambda path, box: box.mapped)
             sizes += [(f"{path} of {name}", size) for path, size in _sizes(own)]
@@ -1123,16 +1137,16 @@ def _check_same(size: int, batched: Any, index: Any, states: Any) -> tuple[Any, 
             f"shared states ended up different per member: {', '.join(unlike)}; create them in "
             "init_state under a vmapped call, or build the members with vmap; exclude them "
             "(state_to_exclude); or make their values the same, as by jax.lax.pmean over "
-            "axis_name. A gradient per member may leave as a plain dict, flat_dict(gradient)")
+            "axis_name. A gradient or other tree per member may leave as flat_dict(tree)")
     return states, batched[1]
 
 
-def _map_members(run: Callable[..., Any], state: StateTree, args: tuple[Any, ...], in_axes: Any,
+def _map_members(call: Callable[..., Any], state: StateTree, args: tuple[Any, ...], in_axes: Any,
                  axis_size: int | None, axis_name: Hashable, key: Key = None) -> Any:
-    """What ``run(trees, key, state, *args)`` returns per member, all states of ``state`` mapped.
+    """What ``call(trees, key, state, *args)`` returns per member, all states of ``state`` mapped.
 
-    ``trees`` are those that `_split_args` tells of. Beside its result, ``run`` returns a function
-    from a tree in it to a filter for the states that are per member; members share the others.
+    ``trees`` are those that `_split_args` tells of. Beside its result, ``call`` returns the rule
+    for trees in it, ``rule_of(tree)``: a filter for what is per member; members share the rest.
     """
     args, axes, sizes, trees = _split_args(args, in_axes)
     sizes = [*_sizes(state), *sizes]
@@ -1140,21 +1154,22 @@ def _map_members(run: Callable[..., Any], state: StateTree, args: tuple[Any, ...
     if odd := [f"{name} {shape}" for name, shape in sizes if shape != (size,)]:
         raise ValueError(f"axis_size {size} is at odds with the mapped axis of {', '.join(odd)}")
     if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
-        raise ValueError("axis_size is a positive int, or None for the size of mapped states or "
-                         f"arguments; got {size!r}")
+        raise ValueError("axis_size is a positive int, or None where a state or an argument is "
+                         f"mapped; got {size!r}")
     keys = None if key is None else jax.random.split(key, int(size))
-    # A batching rule sees what is batched by the innermost vmap that batches any operand, and
-    # `index` is batched by the one below: a mapped leaf if there is one, sharded as the others.
+    # `_check_same` runs for the innermost vmap that batches an operand. `index` makes that the one
+    # below; it is a mapped leaf if there is one, so that it is sharded as they are.
     index = next(iter(jax.tree.leaves(state)), jnp.arange(size))
 
-    def run_member(index: Any, key: Key, state: StateTree, args: tuple[Any, ...]) -> Any:
-        result, rule = run(trees, key, state, *args)
+    def of_member(index: Any, key: Key, state: StateTree, args: tuple[Any, ...]) -> Any:
+        result, rule_of = call(trees, key, state, *args)
         leaves, structure = jax.tree.flatten(result, is_leaf=_is_tree)
-        parts = [partition(leaf, rule(leaf)) if _is_tree(leaf) else (leaf, None) for leaf in leaves]
+        parts = [partition(leaf, rule_of(leaf)) if _is_tree(leaf) else (leaf, None)
+                 for leaf in leaves]
         shared = _same_for_all(index, [part[1] for part in parts])
         return jax.tree.unflatten(structure, [part[0] for part in parts]), shared
 
-    mapped = jax.vmap(run_member, (0, 0, 0, axes), (0, None), axis_name, int(size))
+    mapped = jax.vmap(of_member, (0, 0, 0, axes), (0, None), axis_name, int(size))
     result, shared = mapped(index, keys, _with_axes(state, -1), args)
     leaves, structure = jax.tree.flatten(result, is_leaf=_is_tree)
     return jax.tree.unflatten(structure, [_with_axes(leaf, +1) | rest if _is_tree(leaf) else leaf
@@ -1197,12 +1212,12 @@ def vmap(fn: Callable[..., Any], in_axes: Any = 0, *, axis_size: int | None = No
     >>> vmap(lambda key: snapshot(Dense(key)))(keys)['w'].shape
     (10, 3, 2)
     """
-    def run(trees: Any, key: None, state: StateTree, *args: Any) -> Any:
+    def call(trees: Any, key: None, state: StateTree, *args: Any) -> Any:
         return fn(*args), lambda tree: _per_member(tree, trees)
 
     @functools.wraps(fn)
     def vmapped(*args: Any) -> Any:
-        return _map_members(run, _tree_from_rows({}), args, in_axes, axis_size, axis_name)
+        return _map_members(call, StateTree({}), args, in_axes, axis_size, axis_name)
 
     return vmapped
 
@@ -1216,7 +1231,7 @@ def _call_members(graph: _Graph, state: StateTree, plan: _Plan, key: Key, in_axe
     output_paths: list[Path] = []
     of_first: set[Path] = set()  # new states that all members share, as the first one has them
 
-    def run(_: Any, key: Key, own: StateTree, *args: Any) -> Any:
+    def call(_: Any, key: Key, own: StateTree, *args: Any) -> Any:
         kwargs = plan.kwargs
         if key is not None and plan.key is None:  # of `vmap_apply`, whose method takes it as it is
             kwargs = {**kwargs, "key": key}
@@ -1237,10 +1252,14 @@ def _call_members(graph: _Graph, state: StateTree, plan: _Plan, key: Key, in_axe
                 box.tag = state_tag if box.tag is None else box.tag
                 if excluded(path, box):
                     of_first.add(path)
-        result = [*outputs.values()], _tree_from_boxes(after)
-        return result, lambda tree: lambda path, box: path not in shared
+        new = _tree_from_boxes(after)
 
-    outputs, new = _map_members(run, own, plan.args, in_axes, axis_size, axis_name, key)
+        def rule_of(tree: StateTree) -> Filter:  # trees that methods returned are so as a whole
+            return (lambda path, box: path not in shared) if tree is new else ...
+
+        return ([*outputs.values()], new), rule_of
+
+    outputs, new = _map_members(call, own, plan.args, in_axes, axis_size, axis_name, key)
     if of_first:
         first, others = partition(new, lambda path, box: path in of_first)
         new = others | member(first, 0)
@@ -1347,12 +1366,13 @@ def vmap_reset(module: Any, state: StateTree, *args: Any, axis_size: int | None 
         state_tag=state_tag, key=key)
     old = dict(_tree_leaves(state))
 
-    def put_back(path: Path, leaf: Any) -> Any:
-        there = _sharding(old.get(path))  # None of what is traced
-        spread = there and len(there.device_set) > 1 and leaf.shape == old[path].shape
-        return jax.device_put(leaf, there) if spread else leaf
-
-    leaves = [put_back(path, leaf) for path, leaf in _tree_leaves(new)]
+    leaves = []
+    for path, leaf in _tree_leaves(new):
+        here, there = _sharding(leaf), _sharding(old.get(path))  # None of what is traced
+        if here and there and leaf.shape == old[path].shape and (
+                len(there.device_set) > len(here.device_set) == 1):
+            leaf = jax.device_put(leaf, there)
+        leaves.append(leaf)
     return jax.tree.unflatten(jax.tree.structure(new), leaves)  # type: ignore[no-any-return]
 
 
@@ -1401,7 +1421,7 @@ def _given(value: Any, path: Path) -> list[tuple[Path, Any]]:
     value = value.value if isinstance(value, State) else value
     if isinstance(value, Mapping):
         return [leaf for key, part in value.items() for leaf in _given(part, path + _as_path(key))]
-    return [(path, value)] if value is None else _leaves(value, path)
+    return [(path, value)] if value is None else _leaves(value, path)  # None is no leaf to JAX
 
 
 def _fits(new: Any, old: Any) -> bool:
@@ -1418,11 +1438,12 @@ def _fits(new: Any, old: Any) -> bool:
     info: Any = {1: jnp.iinfo, 2: jnp.finfo, 3: jnp.finfo}
     limits, ints = info[target](old.dtype), info[1](new.dtype)
     low, high = map(int if target == 1 else float, (limits.min, limits.max))
-    least, most = int(ints.min), int(ints.max)
-    with contextlib.suppress(jax.errors.TracerArrayConversionError):  # while tracing, any may come
+    if low <= ints.min and ints.max <= high:
+        return True
+    with contextlib.suppress(jax.errors.TracerArrayConversionError):  # while tracing, none can tell
         numbers = np.asarray(new)
-        least, most = int(np.min(numbers, initial=0)), int(np.max(numbers, initial=0))
-    return low <= least and most <= high
+        return not new.size or low <= int(numbers.min()) and int(numbers.max()) <= high
+    return False
 
 
 def _fitted(new: Any, old: Any) -> Any:
@@ -1466,19 +1487,24 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
     new: dict[Path, Any] = {}
     unexpected: list[Any] = []
     for each in snapshots:
+        if not isinstance(each, Mapping):
+            raise TypeError(f"a snapshot is a mapping; got {type(each).__name__}")
         for key, value in each.items():
             given = _given(value, _as_path(key))
             found = {paths[name]: leaf for path, leaf in given if (name := _dotted(path)) in paths}
             extra = [path for path, leaf in given if not (leaf is None or _dotted(path) in paths)]
             new.update(found)
-            unexpected += extra if found else [key] if extra or key not in state else []
+            if found:
+                unexpected += extra
+            elif extra or key not in state:
+                unexpected.append(key)
     fitted = {path: _fitted(leaf, old[path]) for path, leaf in new.items()}
     if unfit := [f"{_dotted(path)!r} expected {_described(old[path])}, got {_described(new[path])}"
                  for path in _in_order(fitted) if fitted[path] is None]:
         raise ValueError(f"nothing was assigned, since values do not fit: {'; '.join(unfit)}")
     host = {path: leaf for path, leaf in fitted.items() if isinstance(leaf, np.ndarray)}
     shardings = [_sharding(old[path]) for path in host]
-    default = _sharding(jax.device_put(np.zeros(())))  # arrays that lie there may move
+    default = _sharding(jax.device_put(np.zeros(())))  # what lies there may move on
     fitted |= zip(host, jax.device_put([*host.values()], [
         None if each == default else each for each in shardings]))
     missing: list[Path] = []
@@ -1591,7 +1617,8 @@ def assign_state_values(target: Any, *state_by_abs_path: Mapping[Any, Any],
     (['v'], [])
     """
     state, unexpected, missing = assign(snapshot(target), *state_by_abs_path)
-    restore(target, state)
+    untouched = {*missing}  # which stay the very objects that they are
+    restore(target, partition(state, lambda path, box: path not in untouched)[0])
     return unexpected, missing
 
 
