@@ -342,8 +342,9 @@ def _walk(root: Any) -> _Graph:
     held = _inside(root).values() if isinstance(root, (list, tuple, dict)) else [root]
     if bad := sorted({type(each).__name__ for each in held if _ROLES[type(each)] in (None, State)}):
         raise TypeError(f"expected a module, or a list, tuple or dict of modules; got {bad}")
-    graph, seen = _Graph(root, {}, {}, {}, {}), dict[int, Path]()
-    stack: list[Any] = [((), root, _ROLES[type(root)], None)]
+    graph, seen, roles = _Graph(root, {}, {}, {}, {}), dict[int, Path](), _ROLES
+    _, modules, containers, states, aliases = graph
+    stack: list[Any] = [((), root, roles[type(root)], None)]
     while stack:
         path, part, role, bad_key_at = stack.pop()
         if bad_key_at and (role is Module or role is State):
@@ -351,20 +352,21 @@ def _walk(root: Any) -> _Graph:
             raise TypeError("a key on the way to a state or module is a str, an int or a tuple of "
                             f"these; got {key!r} ({type(key).__name__}) at {bad_key_at}")
         if role is None:  # a second visit: all that is inside was visited
-            (graph.modules if isinstance(part, Module) else graph.containers)[path] = part
+            (modules if roles[type(part)] is Module else containers)[path] = part
         elif (first := seen.setdefault(id(part), path)) is not path:
             if role is not Module:
-                graph.aliases[path] = first
+                aliases[path] = first
         elif role is State:
-            graph.states[path] = part
+            states[path] = part
         else:
             if role is not tuple:
                 stack.append((path, part, None, None))
             for name, inner in reversed(_inside(part).items()):
-                if inner_role := _ROLES[type(inner)]:
-                    here = path + (name,)
-                    good = type(name) is str or _is_step(name)
-                    stack.append((here, inner, inner_role, bad_key_at or (None if good else here)))
+                if inner_role := roles[type(inner)]:
+                    here, bad = path + (name,), bad_key_at
+                    if type(name) is not str and not _is_step(name):
+                        bad = bad or here
+                    stack.append((here, inner, inner_role, bad))
     return graph
 
 
@@ -437,7 +439,8 @@ def _rows(tree: StateTree) -> dict[Path, _Row]:
     """The rows of a tree by path; the values are for the caller to keep."""
     if not isinstance(tree, StateTree):
         raise TypeError(f"expected a StateTree, as of snapshot(module); got {type(tree).__name__}")
-    return dict(zip(tree._static.paths, zip(tree._static.entries, map(_owned, tree._values))))
+    values = [value if isinstance(value, jax.Array) else _owned(value) for value in tree._values]
+    return dict(zip(tree._static.paths, zip(tree._static.entries, values)))
 
 
 def _load(row: _Row, box: State | None = None) -> State:
@@ -606,8 +609,8 @@ def subtree(state: StateTree, path: Path | str) -> StateTree:
 
 
 def _is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of typed PRNG keys."""
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    """Whether a leaf is an array of typed PRNG keys, whose dtypes are none of NumPy's."""
+    return isinstance(leaf, jax.Array) and not isinstance(leaf.dtype, np.dtype)
 
 
 def flat_dict(state: StateTree) -> dict[str, Any]:
@@ -622,10 +625,11 @@ def flat_dict(state: StateTree) -> dict[str, Any]:
 
 def _check_alike(*states: StateTree) -> None:
     """Refuse trees of other leaves, dtypes or shapes; JAX refuses other kinds, tags and marks."""
-    looks: list[set[Any]] = [{(_dotted(path), np.shape(leaf), getattr(leaf, "dtype", None))
+    looks: list[set[Any]] = [{(path, np.shape(leaf), getattr(leaf, "dtype", None))
                               for path, leaf in _tree_leaves(state)} for state in states]
-    if names := {name for name, *_ in set.union(*looks) - set.intersection(*looks)}:
-        raise ValueError(f"only the values of the trees may differ, not what is at {sorted(names)}")
+    if paths := {path for path, *_ in set.union(*looks) - set.intersection(*looks)}:
+        names = [*map(_dotted, _in_order(paths))]
+        raise ValueError(f"only the values of the trees may differ, not what is at {names}")
 
 
 def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
@@ -909,12 +913,14 @@ def _plan(nodes: Mapping[Path, Any], fn_name: str, args: Any, kwargs: Mapping[st
     """Check all that can be checked before the first method runs."""
     args, kwargs = args if isinstance(args, tuple) else (args,), {} if kwargs is None else kwargs
     _check_call(fn_name, kwargs, fn_if_not_exist, key)
-    excludes = _predicate(node_to_exclude)
+    if node_to_exclude is not None:
+        excluded = _filtered(nodes, node_to_exclude)
+        nodes = {path: node for path, node in nodes.items() if path not in excluded}
     levels: dict[float, dict[Path, bool]] = {}  # a tuple for each node would wake the collector
     faults: dict[str, dict[Path, bool]] = {}
     looks: dict[int, Any] = {}  # by function, kept alive, so that one look serves all its nodes
-    for path in [path for path, node in nodes.items() if not excludes(path, node)]:
-        method = _method(nodes[path], fn_name)
+    for path, node in nodes.items():
+        method = _method(node, fn_name)
         function = getattr(method, "__func__", method)
         if id(function) not in looks:
             looks[id(function)] = *_look(method, args, kwargs, key), function
