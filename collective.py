@@ -340,9 +340,10 @@ class _Graph(NamedTuple):
 def _walk(root: Any) -> _Graph:
     """Walk a module, or a list, tuple or dict of modules, depth first and without recursion."""
     held = _inside(root).values() if isinstance(root, (list, tuple, dict)) else [root]
-    if bad := sorted({type(each).__name__ for each in held if _ROLES[type(each)] in (None, State)}):
-        raise TypeError(f"expected a module, or a list, tuple or dict of modules; got {bad}")
-    graph, seen, roles = _Graph(root, {}, {}, {}, {}), dict[int, Path](), _ROLES
+    roles = _ROLES
+    if odd := sorted({type(each).__name__ for each in held if roles[type(each)] in (None, State)}):
+        raise TypeError(f"expected a module, or a list, tuple or dict of modules; got {odd}")
+    graph, seen = _Graph(root, {}, {}, {}, {}), dict[int, Path]()
     _, modules, containers, states, aliases = graph
     stack: list[Any] = [((), root, roles[type(root)], None)]
     while stack:
