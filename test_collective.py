@@ -2497,6 +2497,18 @@ def test_a_state_that_init_shares_keeps_its_two_names_in_pure_calls():
     assert list(tree) == [("first",)]
 
 
+def test_a_second_name_of_a_state_that_was_there_is_fine_beside_new_states():
+    class Twin(Module):
+        def __init__(self):
+            self.a = State(jnp.ones(2))
+
+        def init_state(self):
+            self.b, self.c = self.a, State(jnp.zeros(3))
+
+    assert list(init(Twin())) == [("a",), ("c",)]
+    assert list(vmap_init(Twin(), axis_size=2)) == [("a",), ("c",)]
+
+
 def test_a_created_state_of_a_subclass_is_made_anew_without_its_own_attributes():
     class Decaying(HiddenState):
         decay = 0.5
