@@ -524,7 +524,7 @@ class StateTree(Mapping[Path, Any]):
 
     def __repr__(self) -> str:
         table = [("path", "kind", "value", "mapped")]
-        for path, ((kind, _, mapped), value) in _rows(self).items():
+        for path, (kind, _, mapped), value in zip(self, self._static.entries, self._values):
             table += [(_dotted(leaf_path), kind.__name__, _described(leaf), str(mapped))
                       for leaf_path, leaf in _leaves(value, path)]
         widths = [max(map(len, column)) for column in zip(*table)]

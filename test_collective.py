@@ -4938,6 +4938,11 @@ def test_a_tree_that_a_vmapped_method_returns_is_an_output_of_each_member():
     assert [box.mapped for box in tree.states().values()] == [1, 1]
 
 
+def test_the_repr_of_a_tree_of_numpy_arrays_shows_them_as_they_are():
+    tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree_of(a=jnp.zeros(4)))
+    assert "float64[4]" in repr(tree) and repr(tree).endswith("4 numbers, 32 B")
+
+
 def test_where_keeps_a_numpy_leaf_that_is_one_object_in_both():
     old = jax.device_get(vmap_init(Rested(), axis_size=3))
     (h, w), treedef = jax.tree.flatten(old)
