@@ -731,12 +731,13 @@ def _attach(graph: _Graph, boxes: Mapping[Path, State]) -> None:
         parts = filled[above] = filled.get(above) or _inside(holders[above]).copy()
         old = parts.get(step)
         role = _ROLES[type(holders[above])]
-        fits = role is not list or step in parts or step == len(parts)
+        fits = (isinstance(step, str) if role is Module
+                else role is not list or step in parts or step == len(parts))
         free = old is None or (isinstance(old, State) if is_state else (  # a second name
             isinstance(old, (list, dict))
             and all(isinstance(part, State) for part in _inside(old).values())))
         closed = above in with_modules and not (above and is_state)
-        if closed or not free or not fits or role is Module and not isinstance(step, str):
+        if closed or not free or not fits:
             at = _site(above, holders[above]) if old is None else _site(path[:end + 1], old)
             faults.append(f"{_dotted(path)!r} at {at}")
             continue
