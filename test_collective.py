@@ -4342,6 +4342,13 @@ def test_assigning_works_on_traced_values():
     assert closed["W.weight"]["bias"].dtype == jnp.float32
 
 
+def test_a_traced_value_is_not_bound_to_the_device_of_the_tree():
+    here, there = jax.devices()[:2]
+    tree = jax.device_put(tree_of(a=jnp.zeros(2)), here)
+    loaded = jax.jit(lambda new: assign(tree, {"a": new}).state)(jax.device_put(jnp.ones(2), there))
+    assert loaded["a"].devices() == {there} and loaded["a"].tolist() == [1, 1]
+
+
 def test_assigning_in_place_touches_only_what_is_given():
     model = Module()
     model.kept, model.set = State(np.ones(2)), State({"x": jnp.zeros(2), "y": jnp.zeros(2)})
