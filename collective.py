@@ -1240,10 +1240,9 @@ def _call_members(graph: _Graph, state: StateTree, plan: _Plan, key: Key, in_axe
     of_first: set[Path] = set()  # new states that all members share, as the first one has them
 
     def call(_: Any, key: Key, own: StateTree, *args: Any) -> Any:
-        kwargs = plan.kwargs
+        given = plan._replace(args=args, key=key)
         if key is not None and plan.key is None:  # of `vmap_apply`, whose method takes it as it is
-            kwargs = {**kwargs, "key": key}
-        given = plan._replace(args=args, key=key, kwargs=kwargs)
+            given = given._replace(kwargs={**plan.kwargs, "key": key})
         outputs, before, after = _run_on_copy(graph, own | rest, given)
         strays = [f"{_site(path, graph.modules[path])} returned {type(leaf).__name__}"
                   for path, output in outputs.items()
