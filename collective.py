@@ -719,10 +719,6 @@ def _attach(graph: _Graph, boxes: Mapping[Path, State]) -> None:
     new container goes beside modules: the states of three layers do not fit into two.
     """
     holders = {(): graph.root} | graph.modules | graph.containers
-    with_modules: set[Path] = set() if () in graph.modules else {()}  # the root, if a container,
-    for path in graph.modules:  # and all containers between two modules
-        while path and (path := path[:-1]) not in graph.modules:
-            with_modules.add(path)
     filled: dict[Path, dict[Any, Any]] = {}  # what holders, new containers too, are to hold
     faults: list[str] = []
     for path, box in boxes.items():
@@ -736,7 +732,8 @@ def _attach(graph: _Graph, boxes: Mapping[Path, State]) -> None:
         free = old is None or (isinstance(old, State) if is_state else (  # a second name
             isinstance(old, (list, dict))
             and all(isinstance(part, State) for part in _inside(old).values())))
-        closed = above in with_modules and not (above and is_state)
+        closed = role is not Module and (not above or not is_state and any(
+            each[:end] == above for each in graph.modules))
         if closed or not free or not fits:
             at = _site(above, holders[above]) if old is None else _site(path[:end + 1], old)
             faults.append(f"{_dotted(path)!r} at {at}")
