@@ -978,8 +978,8 @@ def _run(plan: _Plan, graph: _Graph) -> Outputs:
     if changed:
         form = {"init_state": "vmap_init", "reset_state": "vmap_reset"}.get(name, "vmap_call_all")
         raise ValueError(f"{name!r} ran once for all members and changed the leading axes "
-                         f"of {', '.join(changed)}; run it with {form}, vmap_apply or in place "
-                         f"(vmap_) or, for nested members, vmap(functools.partial({form}, module))")
+                         f"of {', '.join(changed)}; run it with {form} (vmap_apply, or its form in "
+                         f"place) or, for nested members, vmap(functools.partial({form}, module))")
     return {path: output for path, output in outputs.items() if output is not None}
 
 
