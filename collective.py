@@ -888,13 +888,16 @@ def _look(method: Any, args: Any, kwargs: Any, key: Key) -> tuple[str | None, fl
     fault, takes_key = None, False
     with contextlib.suppress(ValueError, TypeError):  # a builtin that does not tell, or arguments
         signature = inspect.signature(method)         # that the call itself will refuse
-        takes_key = key is not None and any(
-            each.kind is each.VAR_KEYWORD or each.name == "key" and (
-                each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY))
-            for each in signature.parameters.values())
+        kinds = {each.name: each.kind for each in signature.parameters.values()}
+        named = kinds.get("key") in (inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                                     inspect.Parameter.KEYWORD_ONLY)
+        takes_key = key is not None and (named or inspect.Parameter.VAR_KEYWORD in kinds.values())
         given = signature.bind_partial(*args, **kwargs)
+        if key is not None and named and "key" in given.arguments:
+            fault = ("{} gets one key for {!r} by position and another by key=; pass one of them, "
+                     "or put `key` last or after `*`")
         given.apply_defaults()
-        if key is None and "key" in signature.parameters and "key" not in given.arguments:
+        if key is None and named and "key" not in given.arguments:
             fault = "{} requires a key for {!r}; pass key=jax.random.key(0)"
     does_nothing = getattr(method, "__func__", 0) in (Module.init_state, Module.reset_state)
     return fault, getattr(method, "call_order", float("-inf")), takes_key and not does_nothing
