@@ -2837,6 +2837,17 @@ def test_members_may_hold_states_without_leaves():
     assert vmap_init_all_states(Empty(), axis_size=3).none.mapped == 1
 
 
+def test_a_module_that_a_vmapped_method_returns_cannot_cross():
+    class Chained(Module):
+        def init_state(self):
+            self.h = State(jnp.zeros(2))
+            return self
+
+    with pytest.raises(TypeError, match=r"'init_state' of the root \(Chained\) returned Chained"):
+        vmap_init(Chained(), axis_size=3)
+    assert init(Chained())["h"].shape == (2,)
+
+
 def test_a_mapped_state_that_lost_its_axis_is_named():
     tree = jax.tree.map(jnp.sum, vmap_init(VanillaRNN(2, 3), axis_size=4))
     with pytest.raises(ValueError, match=r"at odds with the mapped axis of 'h' \(\)"):
