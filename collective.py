@@ -101,16 +101,15 @@ Filter = Any  # a type, a tag, a predicate, `...`, None, or a list of these: see
 Key = Any  # one PRNG key, typed or legacy, or None
 Tag = str | None  # a label of states
 Kwargs = Mapping[str, Any] | None  # keyword arguments
-Boxes = dict[Path, Any]  # states, or what belongs to them, by path
+ByPath = dict[Path, Any]  # states, or what belongs to them, by path
 Outputs = dict[Path, Any]  # what methods returned, by the paths of their modules, in call order
 T = TypeVar("T")  # what comes back as it came, such as a module or a list of modules
 
 # How the data flows:
-#   modules --walk--> graph --snapshot--> state tree --> pure functions --> state tree
-#      ^                                                                        |
-#      +------------------------------- restore --------------------------------+
-# A pure call runs on a private copy of the graph, filled from the tree, as a call in place runs on the real
-# modules, and takes a new tree from the copy. A vmapped call does the same inside `jax.vmap`.
+#   snapshot: modules --_walk--> graph --_tree_of--> state tree
+#   restore:  state tree --_boxes_of--> boxes --_write_states--> modules
+# A call in place runs on the real modules. A pure call restores a tree into a private copy of them, runs on the copy
+# and takes a snapshot of it. A vmapped call is a pure call inside `jax.vmap`; in place, a `restore` follows it.
 
 # ---- Paths and messages --------------------------------------------------------------------------
 
@@ -137,7 +136,8 @@ def _flatten(value: Any) -> Any:
     """The leaves of a pytree, their paths in it, and its structure."""
     if isinstance(value, jax.Array):  # nearly always; half the time
         return [value], ((),), _LEAF
-    with_keys, structure = tree_util.tree_flatten_with_path(value, is_leaf=lambda part: isinstance(part, Iterator))
+    with_keys, structure = tree_util.tree_flatten_with_path(
+        value, is_leaf=lambda part: isinstance(part, Iterator))  # which JAX will not flatten, some day
     leaves = [leaf for _, leaf in with_keys]
     paths = [tuple(map(_step_of, keys)) for keys, _ in with_keys]
     return leaves, tuple(paths), structure
@@ -162,7 +162,7 @@ def _place(path: Path, thing: Any) -> str:
     name = repr(_dotted(path)) if path else "the root"
     return f"{name} ({type(thing).__name__})"
 
-def _places(things: Boxes, paths: Any) -> str:
+def _places(things: ByPath, paths: Any) -> str:
     return ", ".join(_place(path, things[path]) for path in sorted(paths, key=_sort_key))
 
 # ---- States and filters --------------------------------------------------------------------------
@@ -202,8 +202,8 @@ class State(_Stateful):
         self.tag = tag
 
     def __getattr__(self, name: str) -> Any:
-        if name == "value" and "_hidden" in self.__dict__:  # see `_hide_members`
-            raise ValueError(self.__dict__["_hidden"])
+        if name == "value" and "_why_hidden" in self.__dict__:  # see `_hide_members`
+            raise ValueError(self.__dict__["_why_hidden"])
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
@@ -231,7 +231,7 @@ def _check_tag(tag: Any) -> None:
         raise TypeError(f"a tag is a str or None; got {tag!r}")
 
 def _as_array(leaf: Any) -> Any:
-    """A leaf as a JAX array that shares no memory with it; `TypeError` if it is none."""
+    """A leaf as a JAX array: JAX's own as they are, all else copied; `TypeError` for what is no array or number."""
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
         return leaf
     if isinstance(leaf, (_Stateful, np.ma.MaskedArray)):  # which NumPy would take apart
@@ -318,7 +318,7 @@ class Module(_Stateful):
             graph = _walk(self)
         except TypeError as error:  # a model that cannot be called can be looked at
             return f"{lines[0]} ({error})"
-        for path in sorted({**graph.modules, **graph.states}, key=_sort_key)[1:]:
+        for path in sorted(graph.modules | graph.states, key=_sort_key)[1:]:
             thing = graph.things[path]
             text = repr(thing) if isinstance(thing, State) else type(thing).__name__
             lines.append(f"{'  ' * len(path)}{_dotted(path)}: {text}")
@@ -326,7 +326,7 @@ class Module(_Stateful):
 
 class _Graph:
     """What one walk finds: every module, container and state once, by the path that met it first."""
-    def __init__(self, root: Any, things: Boxes) -> None:
+    def __init__(self, root: Any, things: ByPath) -> None:
         self.root = root
         self.things = things  # all but tuples, which cannot change; what is inside of a thing comes before it
         self.modules = _filtered(things, Module)
@@ -405,12 +405,14 @@ class _Layout:
     def __init__(self, entries: Any) -> None:
         self.entries = entries
         self.leaf_paths: Any = []  # of the leaves of all states, from the root
+        self.leaf_entries: Any = []  # of the states they belong to
         self.by_name: Any = {}  # by path and by dotted name: an entry, and which leaves it has
         paths = [entry.path for entry in entries]
         _check_names(paths)
         for entry in entries:
             start = len(self.leaf_paths)
             self.leaf_paths.extend(entry.path + below for below in entry.leaf_paths)
+            self.leaf_entries.extend([entry] * len(entry.leaf_paths))
             found = entry, slice(start, len(self.leaf_paths))
             self.by_name[entry.path] = found
             self.by_name[_dotted(entry.path)] = found
@@ -435,7 +437,7 @@ def _check_names(paths: Any) -> None:
     for path in paths:
         other = first.setdefault(_dotted(path), path)
         if other is not path:
-            raise ValueError(f"{other} and {path} spell one dotted name; rename one of them")
+            raise ValueError(f"two states or leaves have the name {_dotted(path)!r}, {other} and {path}; rename one")
 
 # Equal layouts are made one object, so that a loop of jitted steps compares them by identity: by value it
 # takes 1 us longer with 10 states, and 3 to 5 % longer with 1,000.
@@ -450,13 +452,14 @@ def _tree_of_leaves(layout: _Layout, leaves: Any) -> StateTree:
     tree._leaves = tuple(leaves)
     return tree
 
-def _tree_of(boxes: Boxes) -> StateTree:
+def _tree_of(boxes: ByPath) -> StateTree:
     """A tree of these boxes, with leaves that nobody can change."""
     entries = []
     leaves = []
     for path in sorted(boxes, key=_sort_key):
         box = boxes[path]
-        own, leaf_paths, structure = _flatten_arrays(box.value, lambda: f"no array in {_place(path, box)}")
+        own, leaf_paths, structure = _flatten_arrays(box.value, lambda: (
+            f"no array in {_place(path, box)}; what is no array goes in a plain attribute"))
         leaves.extend(own)
         _check_tag(box.tag)
         entries.append(_Entry(path, type(box), box.tag, box.mapped, structure, leaf_paths))
@@ -471,7 +474,7 @@ def _check_tree(thing: Any) -> None:
     if not _is_tree(thing):
         raise TypeError(f"expected a StateTree, as from snapshot(module); got {type(thing).__name__}")
 
-def _boxes_of(tree: StateTree) -> Boxes:
+def _boxes_of(tree: StateTree) -> ByPath:
     """Fresh boxes of a tree, made without calling their kinds, whose `__init__` may take anything."""
     _check_tree(tree)
     boxes = {}
@@ -486,10 +489,8 @@ def _boxes_of(tree: StateTree) -> Boxes:
 def _rows(tree: StateTree) -> Any:
     """The table of a tree, row by row."""
     rows = [("path", "kind", "value", "mapped")]
-    for entry in tree._layout.entries:
-        for below in entry.leaf_paths:
-            text = _described(tree._leaves[len(rows) - 1])
-            rows.append((_dotted(entry.path + below), entry.kind.__name__, text, str(entry.mapped)))
+    for path, entry, leaf in zip(tree._layout.leaf_paths, tree._layout.leaf_entries, tree._leaves):
+        rows.append((_dotted(path), entry.kind.__name__, _described(leaf), str(entry.mapped)))
     return rows
 
 class StateTree(Mapping[Path, Any]):
@@ -552,7 +553,7 @@ class StateTree(Mapping[Path, Any]):
             if left[path].mapped != right[path].mapped:
                 raise ValueError(f"{_dotted(path)!r} has mapped={left[path].mapped} on the left and "
                                  f"mapped={right[path].mapped} on the right; to write a value, use assign")
-        return _tree_of({**left, **right})
+        return _tree_of(left | right)
 
     def __reduce__(self) -> Any:
         return _tree_of_leaves, (self._layout, self._leaves)
@@ -582,7 +583,7 @@ def _no_state(state: StateTree, name: str) -> KeyError:
         return KeyError(f"no state {name!r}; subtree(tree, {name!r}) has the states below it")
     names.sort(key=lambda each: abs(len(each) - len(name)))
     closest = difflib.get_close_matches(name, names[:50], cutoff=0)
-    return KeyError(f"no state {name!r}, and none below it; the closest are {closest}")
+    return KeyError(f"nothing is found for {name!r}; the closest states are {closest}")
 
 def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
     """Split a tree into ``(matching, rest)``; ``matching | rest`` is the whole again.
@@ -605,8 +606,8 @@ def subtree(state: StateTree, path: Path | str) -> StateTree:
     prefix = _dotted(_as_path(path)) + "."
     below = {}
     for whole, box in _boxes_of(state).items():
-        ends = [*itertools.accumulate(len(str(step)) + 1 for step in whole)]
-        if _dotted(whole).startswith(prefix) and len(prefix) in ends:  # since a key may have dots
+        ends = [*itertools.accumulate(len(str(step)) + 1 for step in whole)]  # of the steps, in the dotted name
+        if _dotted(whole).startswith(prefix) and len(prefix) in ends:  # at a step, since a key may have dots, too
             below[whole[ends.index(len(prefix)) + 1:]] = box
     if not below:
         raise _no_state(state, prefix[:-1])
@@ -617,7 +618,7 @@ def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not isinstance(leaf.dtype, np.dtype)
 
 def _key_data(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    return jax.random.key_data(leaf) if _is_key(leaf) else _without_numpy(leaf)
 
 def flat_dict(state: StateTree) -> dict[str, Any]:
     """All leaves by dotted name, typed keys as their data: what npz and safetensors take.
@@ -634,7 +635,7 @@ def _check_alike(*states: StateTree) -> None:
         _check_tree(state)
 
     def check(keys: Any, *leaves: Any) -> None:
-        if len({(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves}) > 1:
+        if len({(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves}) > 1:
             texts = " against ".join(map(_described, leaves))
             raise ValueError(f"only the values of trees may differ, but {tree_util.keystr(keys)} is {texts}")
     tree_util.tree_map_with_path(check, *states)
@@ -651,28 +652,30 @@ def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
     """
     _check_alike(new, old)
     mask = jnp.asarray(mask)
+    layout = old._layout
     mask_of = functools.cache(lambda rank: mask.reshape(mask.shape + (1,) * (rank - mask.ndim)))
-    of_members = any(entry.mapped for entry in old._layout.entries)
+    of_members = any(entry.mapped for entry in layout.entries)
     leaves = []
     unfit = []
-    for (name, _, text, mapped), fresh, leaf in zip(_rows(old)[1:], new._leaves, old._leaves):
+    for path, entry, fresh, leaf in zip(layout.leaf_paths, layout.leaf_entries, new._leaves, old._leaves):
         shape = np.shape(leaf)
-        leading = shape[:int(mapped)] if of_members else shape
-        if fresh is not leaf and leading[:mask.ndim] != mask.shape:
-            unfit.append(f"\n  {name!r} {text}, mapped={mapped}")
-        elif fresh is not leaf:
-            leaf = jnp.where(mask_of(len(shape)), _as_array(fresh), _as_array(leaf))
+        leading = shape[:entry.mapped] if of_members else shape
+        if fresh is not leaf:
+            if leading[:mask.ndim] != mask.shape:
+                unfit.append(f"\n  {_dotted(path)!r} {_described(leaf)}, mapped={entry.mapped}")
+            else:
+                leaf = jnp.where(mask_of(len(shape)), _as_array(fresh), _as_array(leaf))
         leaves.append(_as_array(leaf))
     if unfit:
         raise ValueError(f"a mask of shape {mask.shape} cannot choose between the values of{''.join(unfit)}\nA "
                          "shared state must be the same in both trees: call where in the same jitted function as "
                          "the call that made them, or take that state from one of them with partition.")
-    return _tree_of_leaves(old._layout, leaves)
+    return _tree_of_leaves(layout, leaves)
 
 # ---- Copy, snapshot, restore ---------------------------------------------------------------------
 
 def snapshot(module: Any) -> StateTree:
-    """The states of a module as a tree, each shared state once, under its first path.
+    """The states of a module as a tree. One that is found at several paths comes once, under the first of them.
 
     >>> list(snapshot(restore(Module(), StateTree({'h': State(0.)}))))
     [('h',)]
@@ -704,8 +707,8 @@ def _all_or_nothing(graph: _Graph, run: Any) -> None:
             _refill(thing, contents)
         raise
 
-def _write_states(graph: _Graph, boxes: Boxes) -> None:
-    """Give the states of a graph the kinds, tags and values of these boxes; add those it lacks."""
+def _write_states(graph: _Graph, boxes: ByPath) -> None:
+    """Give the states of a graph the kinds, tags, mapped counts and values of these boxes; add those it lacks."""
     new = {path: box for path, box in boxes.items() if path not in graph.states}
     _attach_states(graph, new)
     graph.states.update(new)
@@ -714,7 +717,7 @@ def _write_states(graph: _Graph, boxes: Boxes) -> None:
         own.__class__ = type(box)
         own.__dict__.update(box.__dict__)
 
-def _attach_states(graph: _Graph, boxes: Boxes) -> None:
+def _attach_states(graph: _Graph, boxes: ByPath) -> None:
     """Put new states where their paths say, in new lists and dicts where there are none yet."""
     by_place: Any = {}
     for path, box in boxes.items():
@@ -727,19 +730,20 @@ def _attach_states(graph: _Graph, boxes: Boxes) -> None:
         above = place[:-1]
         holder = graph.things.get(above, graph.root)
         new = _nested(below)
-        fits = isinstance(holder, Module) or (above and isinstance(new, State)) or not any(
-            path[:len(above)] == above for path in graph.modules)  # no new layers beside the layers of a list
+        # A list or dict below the root takes a single state; one that has no modules in it takes nested ones.
+        fits = isinstance(holder, Module) or (above if isinstance(new, State) else not any(
+            path[:len(above)] == above for path in graph.modules))
         if not fits or not _put(holder, place[-1], new):
             faults.append(f"\n  {_dotted(place)!r}, in {_place(above, holder)}")
     if faults:
         raise ValueError(f"there is no place for these states of the tree:{''.join(faults)}\nCreate modules "
-                         "in __init__, and write None there for a state that init_state is to create.")
+                         "in __init__, and write None there (not in a tuple) for a state that init_state creates.")
 
-def _nested(below: Boxes) -> Any:
+def _nested(below: ByPath) -> Any:
     """States by relative path, as nested dicts; a list where the keys are 0, 1, and so on."""
     if () in below:
         if len(below) > 1:
-            raise ValueError(f"a state of the tree lies above others, which are {[*below][1:]} from there")
+            raise ValueError(f"one state of the tree lies above another, {_dotted([*below][1])!r} from it; rename one")
         return below[()]
     groups: Any = {}
     for path, box in below.items():
@@ -748,7 +752,7 @@ def _nested(below: Boxes) -> Any:
     return [*new.values()] if [*new] == [*range(len(new))] else new
 
 def _put(holder: Any, step: Any, new: Any) -> bool:
-    """Put new states in a place that is empty, None, or another name of a state; else return False."""
+    """Put new states in a place: True if it was free or held a state. On False the caller raises, which undoes it."""
     if isinstance(holder, list) and step in range(len(holder) + 1):
         old = [*holder[step:], None][0]
         holder[step:step + 1] = [new]
@@ -777,12 +781,13 @@ def _copy_graph(graph: _Graph) -> _Graph:
         copies[id(thing)] = object.__new__(type(thing)) if is_stateful else copy.copy(thing)
     for thing in graph.things.values():
         parts = _contents(thing).items()
-        _refill(copies[id(thing)], {name: _copy_of(part, copies) for name, part in parts})
+        contents = {name: _copy_of(part, copies) for name, part in parts}
+        _refill(copies[id(thing)], contents)
     things = {path: copies[id(thing)] for path, thing in graph.things.items()}
     return _Graph(_copy_of(graph.root, copies), things)
 
 def _copy_of(part: Any, copies: Any) -> Any:
-    """The copy of what something holds: of a tuple, or of a bound method, a new one."""
+    """What the copy holds where the original holds ``part``. Tuples and bound methods are made anew."""
     if isinstance(part, types.MethodType):
         owner = part.__self__
         return types.MethodType(part.__func__, copies[id(owner)]) if id(owner) in copies else part
@@ -828,8 +833,8 @@ class _Call(NamedTuple):
     paths: list[Path]
     per_member: bool = False  # whether this is a vmapped call, as one member sees it
 
-def _plan(module: Any, fn_name: str, args: Any, kwargs: Kwargs, key: Key, of_root: bool = False,
-          node_to_exclude: Filter = None, fn_if_not_exist: str = "raise") -> _Call:
+def _plan(module: Any, fn_name: str, args: Any, kwargs: Kwargs, key: Key, node_to_exclude: Filter = None,
+          fn_if_not_exist: str = "raise", of_root: bool = False) -> _Call:
     """Find and order the methods, and refuse what can be refused before the first of them runs."""
     args = args if isinstance(args, tuple) else (args,)
     kwargs = {} if kwargs is None else kwargs
@@ -842,7 +847,7 @@ def _plan(module: Any, fn_name: str, args: Any, kwargs: Kwargs, key: Key, of_roo
     if key is not None:
         _check_key(key, kwargs)
     graph = _walk(module)
-    nodes: Boxes = {(): module} if of_root else graph.modules
+    nodes: ByPath = {(): module} if of_root else graph.modules
     excluded = _filtered(nodes, node_to_exclude)
     levels = {}
     missing = []
@@ -865,8 +870,8 @@ def _plan(module: Any, fn_name: str, args: Any, kwargs: Kwargs, key: Key, of_roo
     return _Call(graph, fn_name, args, kwargs, key, of_root, sorted(levels, key=levels.__getitem__))
 
 def _check_key(key: Key, kwargs: Any) -> None:
-    rank = int(getattr(key, "dtype", None) == np.uint32)  # of a legacy key
-    if np.ndim(key) != rank or not (rank or _is_key(key)):
+    is_legacy = getattr(key, "dtype", None) == np.uint32  # then one key is a vector
+    if np.ndim(key) != is_legacy or not (is_legacy or _is_key(key)):
         raise TypeError(f"key= is one PRNG key, as of jax.random.key(0); got {_described(key)}")
     if "key" in kwargs:
         raise TypeError("a key came both as key=, of which each node gets its own, and in kwargs=; pass one")
@@ -906,7 +911,7 @@ def _run(call: _Call) -> tuple[Outputs, _Graph]:
                 if call.key is None and " 'key'" in str(error):  # as in "missing 1 required argument: 'key'"
                     error.add_note("every method that takes a key gets one if you pass key=jax.random.key(0)")
                 if isinstance(error, AttributeError):
-                    error.add_note("was the model initialised, by init or init_all_states?")
+                    error.add_note("define it in the class, or create it by init or init_all_states before this call")
             raise
         if output is not None:
             outputs[path] = output
@@ -929,7 +934,7 @@ def _leaves(box: Any) -> list[Any]:
     """The leaves of a box; none where its value is hidden."""
     return tree_util.tree_leaves(box.__dict__.get("value"))
 
-def _check_no_dead_tracers(states: Boxes) -> None:
+def _check_no_dead_tracers(states: ByPath) -> None:
     tracer = _tracer_of_jit()
     traced = [path for path, box in states.items() if any(isinstance(leaf, tracer) for leaf in _leaves(box))]
     if traced and not isinstance(jnp.zeros(()), tracer):
@@ -941,29 +946,32 @@ _ONE_MODEL = ("a plain call is for one model: call vmap_apply, vmap_reset or vma
               "in an ensemble of ensembles, within vmap: vmap(functools.partial(vmap_reset, module))(state)")
 
 def _axes(box: Any) -> Any:
-    """Of each leaf of a box, how many axes it has, and the mapped ones."""
-    return {(np.ndim(leaf), np.shape(leaf)[:box.mapped]) for leaf in _leaves(box)}
+    """Of each leaf of a box: the number of axes, and the sizes of the mapped ones."""
+    return [(np.ndim(leaf), np.shape(leaf)[:box.mapped]) for leaf in _leaves(box)]
 
-def _check_axes(call: _Call, axes: Boxes, after: Boxes) -> None:
+def _check_axes(call: _Call, axes: ByPath, after: ByPath) -> None:
     """A state keeps its mapped axes; in a vmapped call, one member's state keeps all its axes."""
-    is_init = call.fn_name == "init_state"  # which may begin anew
+    # A state that is replaced may have any rank, and so may any after init_state; a mapped one, only if both are true.
+    is_init = call.fn_name == "init_state"
     changed = []
     for path, box in call.graph.states.items():
         now = after.get(path, box)
         is_new = now is not box
         may_change = (is_init and is_new) if box.mapped else (is_init or is_new)
-        if not may_change and axes.get(path) and not _axes(now) <= axes[path]:
+        if not may_change and axes.get(path) and _axes(now) != axes[path]:
             changed.append(f"\n  {_place(path, now)}, which is now {now!r}")
     if changed:
-        raise ValueError(f"{call.fn_name!r} changed the leading axes of{''.join(changed)}\nIf it was given a batch, "
-                         f"in_axes maps positional arguments; keywords are shared. Else {_ONE_MODEL}.")
+        way_out = "in_axes maps positional arguments, such as a batch; keywords are shared by all members"
+        raise ValueError(f"{call.fn_name!r} changed the leading axes of{''.join(changed)}\n"
+                         f"{way_out if call.per_member else _ONE_MODEL}")
 
 # ---- Pure calls ----------------------------------------------------------------------------------
 
-def _hide_members(boxes: Boxes, template: Boxes) -> Boxes:
+def _hide_members(boxes: ByPath, template: ByPath) -> ByPath:
     """Take away and return the values that are of all members, which a plain call must not see.
 
-    They are mapped more than the template's own, with other axes (as many: one model's, as in a scan over layers).
+    Those have a higher ``mapped`` than the state in the module, and values of other ranks. With the same ranks a value
+    is of one model: a scan over layers slices the values, but leaves ``mapped`` as it is.
     """
     hidden = {}
     odd = []
@@ -978,14 +986,14 @@ def _hide_members(boxes: Boxes, template: Boxes) -> Boxes:
         if box.mapped > own.mapped and ranks != own_ranks:
             hidden[path] = box.__dict__.pop("value")
             of_all = f"holds the values of all members (mapped={box.mapped})"
-            box._hidden = f"{_place(path, box)} {of_all}, but {_ONE_MODEL}"
+            box._why_hidden = f"{_place(path, box)} {of_all}, but {_ONE_MODEL}"
     if odd:
         raise ValueError(f"these states have axes that mapped does not count:{''.join(odd)}\nMake an ensemble "
                          "with vmap or stack: jax.vmap and jax.tree.map leave mapped as it is.")
     return hidden
 
-def _run_on_copy(call: _Call, boxes: Boxes) -> tuple[Outputs, Boxes, Boxes]:
-    """Run a call on a private copy with these values: outputs, and the copy's boxes before and after."""
+def _run_on_copy(call: _Call, boxes: ByPath) -> tuple[Outputs, ByPath, ByPath]:
+    """Run a call on a private copy: outputs, the boxes that it had before the call, and those it has now."""
     template = call.graph.states
     lacking = template.keys() - boxes.keys()
     if lacking:
@@ -997,7 +1005,7 @@ def _run_on_copy(call: _Call, boxes: Boxes) -> tuple[Outputs, Boxes, Boxes]:
     outputs, after = _run(call._replace(graph=copied))
     for path, value in hidden.items():
         box = copied.states[path]
-        text = box.__dict__.pop("_hidden")
+        text = box.__dict__.pop("_why_hidden")
         if after.states.get(path) is not box or "value" in box.__dict__:
             raise ValueError(text)
         box.value = value
@@ -1038,7 +1046,7 @@ def call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), kwargs
     >>> call_all([Layer()], StateTree({'0.w': ParamState(jnp.ones(3))}), 'norm', 2)[0]
     {(0,): Array(3., dtype=float32)}
     """
-    call = _plan(module, fn_name, args, kwargs, key, False, node_to_exclude, fn_if_not_exist)
+    call = _plan(module, fn_name, args, kwargs, key, node_to_exclude, fn_if_not_exist)
     outputs, _, after = _run_on_copy(call, _boxes_of(state))
     return outputs, _tree_of(after)
 
@@ -1087,11 +1095,11 @@ def _flatten_arguments(given: Any, in_axes: Any, is_mapped: Filter) -> Any:
     """
     flat, structure = tree_util.tree_flatten_with_path(given, is_leaf=_is_tree)
     prefix = tuple(in_axes) if isinstance(in_axes, list) else in_axes
-    axes: Any = []
+    wrong = f"in_axes is an int or None, or a tuple or tree of these; {in_axes!r} does not fit "
+    axes: Any = []  # by hand, since JAX's own way rebuilds the caller's classes with axes in them
     with contextlib.suppress(TypeError, ValueError):  # there are too few axes then
         tree_util.tree_map(lambda axis, part: axes.extend([axis] * len(tree_util.tree_leaves(part, is_leaf=_is_tree))),
-            {**dict.fromkeys(given, 0), "args": prefix}, given, is_leaf=lambda axis: axis is None)
-    wrong = f"in_axes is an int or None, or a tuple or tree of these; {in_axes!r} does not fit "
+                           dict.fromkeys(given, 0) | {"args": prefix}, given, is_leaf=lambda axis: axis is None)
     if len(axes) != len(flat):
         raise TypeError(f"{wrong}the {len(given['args'])} arguments, {_described(given['args'])}")
     leaves: Any = []
@@ -1099,8 +1107,8 @@ def _flatten_arguments(given: Any, in_axes: Any, is_mapped: Filter) -> Any:
     trees = []
     for ((top, *keys), part), axis in zip(flat, axes):
         name = top.key + tree_util.keystr(tuple(keys))
-        ranks = range(1) if isinstance(part, StateTree) else range(-np.ndim(part), np.ndim(part))
-        if axis is not None and (type(axis) is not int or axis not in ranks):
+        valid = range(1) if isinstance(part, StateTree) else range(-np.ndim(part), np.ndim(part))
+        if axis is not None and (type(axis) is not int or axis not in valid):
             raise TypeError(f"{wrong}{name}, {_described(part)}. None shares it. A StateTree takes 0, which maps "
                             "its mapped states, or None. To a vmapped call, pass a PRNG key as key=, which gives "
                             "each member its own, and a flag by keyword")
@@ -1108,8 +1116,8 @@ def _flatten_arguments(given: Any, in_axes: Any, is_mapped: Filter) -> Any:
             mapped = _filtered(_boxes_of(part), None if axis is None else is_mapped)
             trees.append((part, mapped))
             for path, value in part.items():
-                axis = 0 if path in mapped else None
-                leaves.extend((f"{_dotted(path)!r} of {name}", leaf, axis) for leaf in tree_util.tree_leaves(value))
+                at = 0 if path in mapped else None
+                leaves.extend((f"{_dotted(path)!r} of {name}", leaf, at) for leaf in tree_util.tree_leaves(value))
             part = _shift_mapped(part, -1, mapped)
         else:
             leaves.append((name, part, axis))
@@ -1142,9 +1150,10 @@ def _split_key(key: Key, size: int, leaves: Any) -> Key:
 
 def _map_members(fn: Any, given: Any, in_axes: Any, axis_size: Any, axis_name: Hashable, is_mapped: Filter,
                  key: Key = None) -> Any:
-    """Call ``fn(given, key, trees)`` once per member: its results, with a leading axis.
+    """Call ``fn(given, key, trees)`` once per member: the results, with a leading axis.
 
-    It also returns a rule: ``rule(tree)`` is a filter for those states of a tree in the results that are per member.
+    ``trees`` has the state trees of ``given`` before the split, each with its mapped states. ``fn`` returns its results
+    and a function ``rule``: of a tree in the results, those states are per member that pass the filter ``rule(tree)``.
     """
     leaves, structure, trees = _flatten_arguments(given, in_axes, is_mapped)
     size = _axis_size(leaves, axis_size)
@@ -1171,9 +1180,9 @@ def _map_members(fn: Any, given: Any, in_axes: Any, axis_size: Any, axis_name: H
         shared, flat = jax.vmap(of_member, (axes, 0), (None, 0), axis_name, size)(values, keys)
     except ValueError as error:
         text = str(error)
-        if not text.startswith(("at vmap out_axes[0]", f"vmap has mapped output (axis_name={axis_name})")):
+        names = text.split("'")[1:2] if axis_name is None else changed  # JAX does not say which, under an axis_name
+        if not names or not text.startswith("at vmap out_axes[0][" if axis_name is None else "vmap has mapped output"):
             raise
-        names = changed if axis_name else text.split("'")[1:2]  # under an axis_name JAX does not say which
         raise ValueError(
             f"shared states ended up different per member: {names}. Ways out:\n"
             "  create it in init_state under a vmapped call, or build the members with vmap;\n"
@@ -1191,11 +1200,11 @@ def _per_member(given: Any, result: StateTree) -> Filter:
     alike = [(tree, mapped) for tree, mapped in given if tree.keys() == result.keys()]
     decided = {}
     for path in result:
-        said = {path in mapped for tree, mapped in alike or given if path in tree}
-        if len(said) > 1:
+        votes = {path in mapped for tree, mapped in alike or given if path in tree}
+        if len(votes) > 1:
             raise ValueError(f"{_dotted(path)!r} is mapped in one argument, shared in another; give the trees "
                              "names of their own, as in StateTree({'actor': a, 'critic': c})")
-        decided[path] = said != {False}
+        decided[path] = votes != {False}
     return lambda path, box: decided[path]
 
 def vmap(fn: Callable[..., Any], in_axes: Any = 0, *, axis_size: int | None = None,
@@ -1237,7 +1246,7 @@ def _call_members(call: _Call, state: StateTree, in_axes: Any, axis_size: Any, a
     def of_member(given: Any, key: Key, trees: Any) -> Any:
         own_call = call._replace(key=key, args=given["args"], per_member=True)
         outputs, before, after = _run_on_copy(own_call, _boxes_of(given["state"]))
-        _, mapped = trees[-1]
+        _, mapped = trees[-1]  # of `state`, which JAX sorts after `args`
         was_mapped = {id(box): path in mapped for path, box in before.items()}
         per_member = {path for path, box in after.items() if was_mapped.get(id(box), True)}
         _warn_of_shared_keys(state, {path: before[path] for path in before.keys() - mapped.keys()})
@@ -1263,8 +1272,8 @@ def _call_members(call: _Call, state: StateTree, in_axes: Any, axis_size: Any, a
     first, new = partition(new, lambda path, box: path in of_first)
     return dict(zip(output_paths, outputs)), new | member(first, 0)
 
-def _warn_of_shared_keys(old: StateTree, shared: Boxes) -> None:
-    """A shared key that changed gave the same numbers to all members."""
+def _warn_of_shared_keys(old: StateTree, shared: ByPath) -> None:
+    """Warn if the call changed a typed key that is shared: all members then drew the same numbers from it."""
     for path, box in shared.items():
         keys = filter(_is_key, tree_util.tree_leaves(old[path]))
         if {*map(id, keys)} - {*map(id, _leaves(box))}:
@@ -1306,20 +1315,20 @@ def vmap_call_all(module: Any, state: StateTree, fn_name: str, args: Any = (), k
     >>> vmap_call_all(Die(), StateTree({}), 'roll', axis_size=5, key=jax.random.key(0))[0][()].shape
     (5, 2)
     """
-    call = _plan(module, fn_name, args, kwargs, key, False, node_to_exclude, fn_if_not_exist)
+    call = _plan(module, fn_name, args, kwargs, key, node_to_exclude, fn_if_not_exist)
     return _call_members(call, state, in_axes, axis_size, axis_name, state_to_exclude, state_tag)
 
 def vmap_init(module: Any, *args: Any, axis_size: int | None = None, axis_name: Hashable = None,
               in_axes: Any = None, node_to_exclude: Filter = None, state_to_exclude: Filter = None,
               state_tag: Tag = None, key: Key = None, **kwargs: Any) -> StateTree:
-    """`init` per member: what ``init_state`` creates is ``(axis_size, *shape)``; warns if that is nothing.
+    """`init` per member: what ``init_state`` creates is ``(axis_size, *shape)``; warns if no state is mapped.
 
     >>> class Cell(Module):
     ...     def init_state(self): self.h = HiddenState(jnp.zeros(3))
     >>> vmap_init(Cell(), axis_size=4)['h'].shape
     (4, 3)
     """
-    call = _plan(module, "init_state", args, kwargs, key, False, node_to_exclude)
+    call = _plan(module, "init_state", args, kwargs, key, node_to_exclude)
     _, state = _call_members(call, snapshot(module), in_axes, axis_size, axis_name, state_to_exclude, state_tag)
     if not any(entry.mapped for entry in state._layout.entries):
         warnings.warn("no state is mapped, so all members are one; create states in init_state, or build members "
@@ -1337,7 +1346,7 @@ def vmap_reset(module: Any, state: StateTree, *args: Any, axis_size: int | None 
     >>> vmap_reset(Cell(), stack(StateTree({'h': HiddenState(jnp.ones(3))})))['h'].shape
     (1, 3)
     """
-    call = _plan(module, "reset_state", args, kwargs, key, False, node_to_exclude)
+    call = _plan(module, "reset_state", args, kwargs, key, node_to_exclude)
     return _call_members(call, state, in_axes, axis_size, axis_name, state_to_exclude, state_tag)[1]
 
 def stack(*states: StateTree) -> StateTree:
@@ -1353,7 +1362,7 @@ def stack(*states: StateTree) -> StateTree:
 def member(state: StateTree, i: Any) -> StateTree:
     """Member ``i`` of an ensemble as a single tree; of a vector of integers, the ensemble of those.
 
-    Shared states are kept. `IndexError` if ``i`` is out of range; a traced ``i`` is clamped, as by JAX.
+    Shared states are kept. `IndexError` if ``i`` is out of range; a JAX array is clamped, as JAX does it.
 
     >>> ensemble = stack(*[StateTree({'h': HiddenState(float(i))}) for i in range(3)])
     >>> member(ensemble, -1)['h'].item(), member(ensemble, [2, 0, 2])['h'].tolist()
@@ -1367,7 +1376,7 @@ def member(state: StateTree, i: Any) -> StateTree:
         for leaf in tree_util.tree_leaves(mapped):
             np.arange(len(leaf))[index]  # raises an IndexError, where JAX would take another member
     picked: StateTree = tree_util.tree_map(lambda leaf: leaf[index], mapped)
-    if index.ndim == 0:
+    if not index.ndim:
         picked = _shift_mapped(picked, -1)
     return picked | shared
 
@@ -1392,15 +1401,15 @@ def _flatten_given(given: Any, path: Path = ()) -> Iterator[Any]:
 
 _KINDS = (np.bool_, np.integer, np.floating, np.complexfloating)  # each can be cast to later ones
 
-def _rank_of(dtype: Any) -> int:
+def _kind_index(dtype: Any) -> int:
     """Where a dtype stands in `_KINDS`; behind them all if it is none of numbers."""
     is_time = jnp.issubdtype(dtype, np.timedelta64)  # which NumPy counts among the integers
     return [*(jnp.issubdtype(dtype, kind) and not is_time for kind in _KINDS), True].index(True)
 
 def _holds(dtype: Any, array: Any) -> bool:
     """Whether a dtype is of no lesser kind than an array, and holds all its numbers."""
-    source = _rank_of(array.dtype)
-    target = _rank_of(dtype)
+    source = _kind_index(array.dtype)  # 1 is that of integers
+    target = _kind_index(dtype)
     if source > target or target == len(_KINDS):
         return False
     if isinstance(array, jax.Array):  # may be traced, so that the limits of its dtype decide
@@ -1445,7 +1454,7 @@ def _sharding(new: Any, old: Any) -> Any:
     return None
 
 def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
-    """Load values into a tree by name: a named tuple ``(state, unexpected, missing)``.
+    """Write values into a tree by name: a named tuple ``(state, unexpected, missing)``.
 
     A snapshot is a mapping, such as a state tree, from paths or dotted names to values, leaves or nested dicts: all
     reach the leaf of that dotted name. Later ones win. Each leaf keeps its dtype, shape and sharding. ``unexpected``
@@ -1495,7 +1504,7 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
     return Assigned(_tree_of_leaves(state._layout, old.values()), sorted(unexpected, key=_sort_key),
                     sorted(missing, key=_sort_key))
 
-# ---- In place: the documented API ----------------------------------------------------------------
+# ---- Calls in place ------------------------------------------------------------------------------
 
 def call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None, node_to_exclude: Filter = None,
                  fn_if_not_exist: str = "raise", *, key: Key = None) -> T:
@@ -1504,7 +1513,7 @@ def call_all_fns(target: T, fn_name: str, args: Any = (), kwargs: Kwargs = None,
     >>> call_all_fns([Module(), Module()], 'init_state')
     [Module, Module]
     """
-    call = _plan(target, fn_name, args, kwargs, key, False, node_to_exclude, fn_if_not_exist)
+    call = _plan(target, fn_name, args, kwargs, key, node_to_exclude, fn_if_not_exist)
     _all_or_nothing(call.graph, lambda: _run(call))
     return target
 
