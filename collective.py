@@ -408,14 +408,13 @@ class _Layout:
         self.leaf_entries: Any = []  # of the states they belong to
         self.by_name: Any = {}  # by path and by dotted name: an entry, and which leaves it has
         paths = [entry.path for entry in entries]
-        _check_names(paths)
-        for entry in entries:
+        for name, entry in zip(_check_names(paths), entries):
             start = len(self.leaf_paths)
             self.leaf_paths.extend(entry.path + below for below in entry.leaf_paths)
             self.leaf_entries.extend([entry] * len(entry.leaf_paths))
             found = entry, slice(start, len(self.leaf_paths))
             self.by_name[entry.path] = found
-            self.by_name[_dotted(entry.path)] = found
+            self.by_name[name] = found
         if self.leaf_paths != paths:
             _check_names(self.leaf_paths)
 
@@ -432,12 +431,14 @@ class _Layout:
         return "; ".join(f"{_dotted(entry.path)}: {entry.kind.__name__}, tag={entry.tag!r}, "
                          f"mapped={entry.mapped}" for entry in self.entries)
 
-def _check_names(paths: Any) -> None:
+def _check_names(paths: Any) -> Any:
+    """The dotted names of paths; `ValueError` if two are the same."""
     first: Any = {}
     for path in paths:
         other = first.setdefault(_dotted(path), path)
         if other is not path:
             raise ValueError(f"two states or leaves have the name {_dotted(path)!r}, {other} and {path}; rename one")
+    return first
 
 # Equal layouts are made one object, so that a loop of jitted steps compares them by identity: by value it
 # takes 1 us longer with 10 states, and 3 to 5 % longer with 1,000.
@@ -529,7 +530,7 @@ class StateTree(Mapping[Path, Any]):
         return _tree_of(dict(boxes))
 
     def __getitem__(self, path: Path | str) -> Any:
-        if path not in self:
+        if path not in self._layout.by_name:
             raise _no_state(self, _dotted(_as_path(path)))
         entry, own = self._layout.by_name[path]
         return entry.structure.unflatten(map(_without_numpy, self._leaves[own]))
@@ -695,8 +696,9 @@ def _all_or_nothing(graph: _Graph, run: Any) -> None:
     saved = []
     for thing in graph.things.values():
         contents = dict(_contents(thing))
-        if isinstance(thing, State) and "value" in contents:
-            contents["value"] = tree_util.tree_map(lambda leaf: leaf, contents["value"])  # new containers
+        value = contents.get("value")
+        if isinstance(thing, State) and not isinstance(value, (jax.Array, type(None))):
+            contents["value"] = tree_util.tree_map(lambda leaf: leaf, value)  # in containers of its own
         saved.append((thing, type(thing), contents))
     try:
         run()
@@ -1249,7 +1251,11 @@ def _call_members(call: _Call, state: StateTree, in_axes: Any, axis_size: Any, a
         _, mapped = trees[-1]  # of `state`, which JAX sorts after `args`
         was_mapped = {id(box): path in mapped for path, box in before.items()}
         per_member = {path for path, box in after.items() if was_mapped.get(id(box), True)}
-        _warn_of_shared_keys(state, {path: before[path] for path in before.keys() - mapped.keys()})
+        for path in before.keys() - mapped.keys():
+            keys = filter(_is_key, tree_util.tree_leaves(state[path]))
+            if {*map(id, keys)} - {*map(id, _leaves(before[path]))}:
+                warnings.warn(f"all members drew the same numbers from the key in {_place(path, before[path])}, which "
+                              "they share; create it in init_state under a vmapped call, or pass key=")
         for path, box in after.items():
             if id(box) not in was_mapped:
                 box.tag = state_tag if box.tag is None else box.tag
@@ -1271,14 +1277,6 @@ def _call_members(call: _Call, state: StateTree, in_axes: Any, axis_size: Any, a
     outputs = tree_util.tree_map(_as_array, outputs)  # such as an argument that came back
     first, new = partition(new, lambda path, box: path in of_first)
     return dict(zip(output_paths, outputs)), new | member(first, 0)
-
-def _warn_of_shared_keys(old: StateTree, shared: ByPath) -> None:
-    """Warn if the call changed a typed key that is shared: all members then drew the same numbers from it."""
-    for path, box in shared.items():
-        keys = filter(_is_key, tree_util.tree_leaves(old[path]))
-        if {*map(id, keys)} - {*map(id, _leaves(box))}:
-            warnings.warn(f"all members drew the same numbers from the key in {_place(path, box)}, which they "
-                          "share; create it in init_state under a vmapped call, or pass key=")
 
 def vmap_apply(module: Module, state: StateTree, *args: Any, in_axes: Any = 0, axis_size: int | None = None,
                axis_name: Hashable = None, method: str = "__call__", key: Key = None,
