@@ -180,8 +180,8 @@ def _refuse_other_copy(thing: Any) -> None:
     """Refuse a module, state or tree of another copy of this file, as two packages may bring."""
     file = getattr(type(thing), "_collective_file", None)
     if file is not None and not isinstance(thing, (_Stateful, StateTree)):
-        raise TypeError(f"{type(thing).__name__} is of another copy of this file, {file}, than "
-                        f"{_Stateful._collective_file}; import both from one")
+        raise TypeError(f"{type(thing).__name__} comes from another copy of this file, {file}; this one is "
+                        f"{_Stateful._collective_file}. Import both from one of them")
 
 class State(_Stateful):
     """A box for one ``value``, an array or any pytree of arrays; subclasses are kinds of states.
@@ -530,9 +530,10 @@ class StateTree(Mapping[Path, Any]):
         return _tree_of(dict(boxes))
 
     def __getitem__(self, path: Path | str) -> Any:
-        if path not in self._layout.by_name:
-            raise _no_state(self, _dotted(_as_path(path)))
-        entry, own = self._layout.by_name[path]
+        try:
+            entry, own = self._layout.by_name[path]
+        except KeyError:
+            raise _no_state(self, _dotted(_as_path(path))) from None
         return entry.structure.unflatten(map(_without_numpy, self._leaves[own]))
 
     def __contains__(self, path: object) -> bool:

@@ -678,7 +678,7 @@ NOT_FOUND = {
 @cases("look_up, path, word", NOT_FOUND)
 def test_a_look_up_that_fails_names_the_closest_paths(look_up, path, word):
     tree = StateTree({"layers.0.weight": State(1), "out": State(1), ("k.l", "w"): State(1)})
-    with raises(KeyError, word):
+    with raises(KeyError, repr(dotted(path) if isinstance(path, tuple) else path), word):
         look_up(tree, path)
 
 def clashing_model():
@@ -713,9 +713,10 @@ def test_a_tree_is_made_of_boxes_and_trees(part):
     with raises(TypeError, "'a'"):
         StateTree({"a": part})
 
+TOO_LARGE = np.iinfo(jax.dtypes.canonicalize_dtype(int)).max + 1
 MASKED = np.ma.masked_array(ONES, ONES)
 
-@each("value", "text", [ONES, "text"], State(ONES), np.array([None]), MASKED)
+@each("value", "text", [ONES, "text"], State(ONES), np.array([None]), MASKED, TOO_LARGE)
 def test_what_is_no_array_cannot_enter_a_tree(value):
     model = Module()
     model.child = Module()
@@ -983,6 +984,11 @@ def test_a_container_of_modules_takes_no_new_state():
     for target in ((Linear(),), [Linear()], {0: Linear()}):
         with raises(ValueError, "'1"):
             restore(target, StateTree({"1": State(1)}))
+    model = Maker([None], None)
+    assert len(restore(model, StateTree({"part.0": State(1)})).part) == 1
+    for name in ("part.x", "0"):
+        with raises(ValueError, repr(name)):
+            restore(model, StateTree({name: State(1)}))
 
 class Layered(Module):
     def __init__(self, number, keep):
@@ -1644,8 +1650,10 @@ def test_a_shared_statistic_is_updated_from_all_members_of_all_levels():
 
 @pytest.mark.parametrize("name", [None, "m"])
 def test_a_shared_state_that_differs_is_refused_with_every_way_out(name):
+    tree = snapshot(MEAN) | tree_of(fixed=ONES)
     with raises(ValueError, "'mean'", *WAYS_OUT) as info:
-        vmap_apply(MEAN, snapshot(MEAN), ROWS, axis_name=name)
+        vmap_apply(MEAN, tree, ROWS, axis_name=name)
+    assert not re.search("'fixed'|out_axes", str(info.value))
     assert name or "'steps'" not in str(info.value)  # under a name, all that changed are listed
 
 class Die(Module):
@@ -2550,7 +2558,7 @@ def costs_of_eager_calls():
         yield f"call_all_fns, us for each of {number:,} modules", us, 10
         us = more(lambda: call_all(model, tree, "nothing") and None, bare, **options)
         yield f"pure call, us for each of {number:,} modules", us, 25
-    tree, model = snapshot(Group(1000)), Group(10_000)
+    tree = snapshot(Group(1000))
     flat, new, mask = flat_dict(tree), jax.tree.map(lambda leaf: leaf + 1, tree), jnp.arange(8) < 4
     leaves = [*zip(jax.tree.leaves(new), jax.tree.leaves(tree))]
     for name, call, limit in (
@@ -2568,8 +2576,6 @@ def costs_of_eager_calls():
     ours, bare = map(iter, (pairs, single))
     new_shapes = ratio(lambda: assign(*next(ours)).state, lambda: jax.device_put(next(bare)))
     yield "the first assign of 50 new shapes / device_put", new_shapes, 3
-    wide = snapshot(model)
-    yield "a look-up that fails in 10,000 states, ms", more(lambda: wide.get("x"), rounds=3) / 1000, 1000
 
 def cost_of_the_import(tmp_path):
     code = "import time, jax; start = time.perf_counter(); import collective; print(time.perf_counter() - start)"
