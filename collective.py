@@ -407,16 +407,12 @@ class _Layout:
         self.leaf_paths: Any = []  # of the leaves of all states, from the root
         self.leaf_entries: Any = []  # of the states they belong to
         self.by_name: Any = {}  # by path and by dotted name: an entry, and which leaves it has
-        paths = [entry.path for entry in entries]
-        for name, entry in zip(_check_names(paths), entries):
+        for name, entry in zip(_check_names([entry.path for entry in entries]), entries):
             start = len(self.leaf_paths)
             self.leaf_paths.extend(entry.path + below for below in entry.leaf_paths)
             self.leaf_entries.extend([entry] * len(entry.leaf_paths))
-            found = entry, slice(start, len(self.leaf_paths))
-            self.by_name[entry.path] = found
-            self.by_name[name] = found
-        if self.leaf_paths != paths:
-            _check_names(self.leaf_paths)
+            self.by_name[name] = self.by_name[entry.path] = entry, slice(start, len(self.leaf_paths))
+        self.leaf_names = _check_names(self.leaf_paths)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Layout) and self.entries == other.entries
@@ -487,13 +483,6 @@ def _boxes_of(tree: StateTree) -> ByPath:
         boxes[entry.path] = box
     return boxes
 
-def _rows(tree: StateTree) -> Any:
-    """The table of a tree, row by row."""
-    rows = [("path", "kind", "value", "mapped")]
-    for path, entry, leaf in zip(tree._layout.leaf_paths, tree._layout.leaf_entries, tree._leaves):
-        rows.append((_dotted(path), entry.kind.__name__, _described(leaf), str(entry.mapped)))
-    return rows
-
 class StateTree(Mapping[Path, Any]):
     """An immutable mapping from path to value, and a JAX pytree whose leaves are the arrays.
 
@@ -561,7 +550,11 @@ class StateTree(Mapping[Path, Any]):
         return _tree_of_leaves, (self._layout, self._leaves)
 
     def __repr__(self) -> str:
-        table = _rows(self)
+        layout = self._layout
+        table = [("path", "kind", "value", "mapped")]
+        for name, entry, leaf in zip(layout.leaf_names, layout.leaf_entries, self._leaves):
+            row = name, entry.kind.__name__, _described(leaf), str(entry.mapped)
+            table.append(row)
         widths = [max(map(len, column)) for column in zip(*table)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         arrays = [leaf for leaf in tree_util.tree_leaves(self) if hasattr(leaf, "dtype")]
@@ -575,7 +568,7 @@ class StateTree(Mapping[Path, Any]):
         return _boxes_of(self)
 
 tree_util.register_pytree_with_keys(StateTree,
-    lambda tree: (zip(map(tree_util.DictKey, map(_dotted, tree._layout.leaf_paths)), tree._leaves), tree._layout),
+    lambda tree: (zip(map(tree_util.DictKey, tree._layout.leaf_names), tree._leaves), tree._layout),
     _tree_of_leaves, lambda tree: (tree._leaves, tree._layout))
 
 def _no_state(state: StateTree, name: str) -> KeyError:
@@ -594,10 +587,15 @@ def partition(state: StateTree, filter: Filter) -> tuple[StateTree, StateTree]:
     >>> list(params), list(rest)
     ([('w',)], [('h',)])
     """
-    rest = _boxes_of(state)
-    chosen = _filtered(_boxes_of(state), filter)  # of boxes of its own, which a filter may change
-    matching = {path: rest.pop(path) for path in chosen}
-    return _tree_of(matching), _tree_of(rest)
+    chosen = _filtered(_boxes_of(state), filter)
+    layout = state._layout
+
+    def part(is_chosen: bool) -> StateTree:
+        entries = tuple(entry for entry in layout.entries
+                        if (entry.path in chosen) is is_chosen)
+        leaves = [state._leaves[layout.by_name[entry.path][1]] for entry in entries]
+        return _tree_of_leaves(_layout_of(entries), map(_without_numpy, itertools.chain(*leaves)))
+    return part(True), part(False)
 
 def subtree(state: StateTree, path: Path | str) -> StateTree:
     """The states below a path, or dotted name, with paths from there; `KeyError` if there are none.
@@ -629,7 +627,7 @@ def flat_dict(state: StateTree) -> dict[str, Any]:
     ['layers.0.bias', 'layers.0.weight']
     """
     _check_tree(state)
-    return dict(zip(map(_dotted, state._layout.leaf_paths), map(_key_data, state._leaves)))
+    return dict(zip(state._layout.leaf_names, map(_key_data, state._leaves)))
 
 def _check_alike(*states: StateTree) -> None:
     """Refuse trees that differ in more than values; where their states differ, JAX says how."""
@@ -659,12 +657,12 @@ def where(mask: Any, new: StateTree, old: StateTree) -> StateTree:
     of_members = any(entry.mapped for entry in layout.entries)
     leaves = []
     unfit = []
-    for path, entry, fresh, leaf in zip(layout.leaf_paths, layout.leaf_entries, new._leaves, old._leaves):
+    for name, entry, fresh, leaf in zip(layout.leaf_names, layout.leaf_entries, new._leaves, old._leaves):
         shape = np.shape(leaf)
         leading = shape[:entry.mapped] if of_members else shape
         if fresh is not leaf:
             if leading[:mask.ndim] != mask.shape:
-                unfit.append(f"\n  {_dotted(path)!r} {_described(leaf)}, mapped={entry.mapped}")
+                unfit.append(f"\n  {name!r} {_described(leaf)}, mapped={entry.mapped}")
             else:
                 leaf = jnp.where(mask_of(len(shape)), _as_array(fresh), _as_array(leaf))
         leaves.append(_as_array(leaf))
@@ -1174,8 +1172,8 @@ def _map_members(fn: Any, given: Any, in_axes: Any, axis_size: Any, axis_name: H
             if isinstance(part, StateTree):
                 flat[i], rest = partition(part, rule(part))
                 shared.append(rest)
-                named = zip(rest._layout.leaf_paths, rest._leaves)
-                changed.extend(_dotted(path) for path, leaf in named if id(leaf) not in given_to_all)
+                named = zip(rest._layout.leaf_names, rest._leaves)
+                changed.extend(name for name, leaf in named if id(leaf) not in given_to_all)
         return shared, flat
 
     _, values, axes = zip(*leaves) if leaves else [()] * 3
@@ -1467,7 +1465,7 @@ def assign(state: StateTree, *snapshots: Mapping[Any, Any]) -> Assigned:
     (2.0, [('V',)], [('W', 'weight')])
     """
     _check_tree(state)
-    old = dict(zip(map(_dotted, state._layout.leaf_paths), map(_as_array, state._leaves)))
+    old = dict(zip(state._layout.leaf_names, map(_as_array, state._leaves)))
     own = {_dotted(path): _flatten(value) for path, value in _flatten_given(state)}
     new: Any = {}
     unexpected = set()

@@ -2542,11 +2542,8 @@ def costs_of_tracing():
         "vmap_apply": (lambda s, x: vmap_apply(model, s, x, in_axes=None), stepped, (ensemble, x), (many, x), 1.5),
         "vmap_reset": (lambda s: vmap_reset(model, s), reset_again, (ensemble,), (many,), 1.5),
     }
-    gc.collect()
-    gc.freeze()  # or collections of what was made before would fall to one side or the other
     for name, (ours, bare, our_args, bare_args, limit) in pairs.items():
         yield f"trace {name} / tuples", ratio(lowered(ours, *our_args), lowered(bare, *bare_args), rounds=9), limit
-    gc.unfreeze()
 
 def costs_of_eager_calls():
     for number in (100, 1000, 10_000):
@@ -2585,7 +2582,10 @@ def cost_of_the_import(tmp_path):
 
 @bench
 def test_bench_prints_costs_as_ratios_to_their_limits(tmp_path, capsys):
+    gc.collect()
+    gc.freeze()  # or collections of what was made before would fall to one side or the other
     rows = [*costs_of_jitted_steps(), *costs_of_tracing(), *costs_of_eager_calls(), *cost_of_the_import(tmp_path)]
+    gc.unfreeze()
     with capsys.disabled():
         print(f"\njax {jax.__version__} on {jax.devices()[0].device_kind}")
         print(f"{'':<52}{'cost':>12}{'limit':>12}{'ratio':>8}")
