@@ -522,11 +522,10 @@ def test_the_repr_of_a_module_has_a_line_for_each_part_below_its_owner():
 def test_the_repr_of_a_module_never_raises():
     model = Module()
     model.bare = HiddenState.__new__(HiddenState)
-    model.odd = State(object())
+    model.odd, model.none = State(object()), State(None)
     model.loop = [model]
     model.loop.append(model.loop)
-    assert "bare: HiddenState(" in repr(model)
-    assert "odd: State(" in repr(model)
+    assert all(part in repr(model) for part in ("bare: HiddenState(", "odd: State(", "none: State(NoneType)"))
     model.table = {2.5: State(ONES)}
     assert repr(model).startswith("Module")
 
@@ -1177,8 +1176,9 @@ def test_nodes_without_the_method_are_passed_over_if_told_so(form):
 
 @each("call", apply, vmap_apply)
 def test_apply_checks_its_method_too(call):
-    with raises(AttributeError, "'gone'"):
-        call(Odd(), StateTree({}), STEPS, method="gone")
+    for target, method in ((Odd(), "gone"), ({"a": Odd()}, "update")):
+        with raises(AttributeError, repr(method)):
+            call(target, StateTree({}), STEPS, method=method)
     with raises(TypeError, "callable"):
         call(Odd(), StateTree({}), STEPS, method="note")
 
