@@ -1745,8 +1745,8 @@ def test_what_cannot_be_meant_is_refused(name):
         call(ensemble())
 
 def test_what_is_like_it_and_can_be_meant_passes():
-    mean = weights(STEPS)  # as jax.tree.map makes it: one model
-    assert same(apply(Linear(), mean, ONES)[0], STEPS)
+    assert same(apply(Linear(), weights(STEPS), ONES)[0], STEPS)  # as jax.tree.map makes a mean: one model
+    assert same(apply(keeper(), tree_of(h=HiddenState(ROWS)), ZEROS)[1]["h"], ZEROS)  # a batch by hand
     grown = jax.eval_shape(lambda: vmap_init(restore(copy.copy(GROWING), ensemble()), ROWS, axis_size=3))
     assert grown["h"].shape == (3, 3, 3)
     model = init_all_states(vmap_init_all_states(Axes(), axis_size=3))
