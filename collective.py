@@ -74,6 +74,7 @@ import functools
 import hashlib
 import inspect
 import itertools
+import operator
 import types
 import warnings
 import weakref
@@ -569,7 +570,7 @@ class StateTree(Mapping[Path, Any]):
 
 tree_util.register_pytree_with_keys(StateTree,
     lambda tree: (zip(map(tree_util.DictKey, tree._layout.leaf_names), tree._leaves), tree._layout),
-    _tree_of_leaves, lambda tree: (tree._leaves, tree._layout))
+    _tree_of_leaves, operator.attrgetter("_leaves", "_layout"))
 
 def _no_state(state: StateTree, name: str) -> KeyError:
     """The error for a path that leads to no state."""
