@@ -523,7 +523,7 @@ class StateTree(Mapping[Path, Any]):
         try:
             entry, own = self._layout.by_name[path]
         except KeyError:
-            raise _no_state(self, _dotted(_as_path(path))) from None
+            raise _no_state(self, _as_path(path)) from None
         return entry.structure.unflatten(map(_without_numpy, self._leaves[own]))
 
     def __contains__(self, path: object) -> bool:
@@ -572,12 +572,12 @@ tree_util.register_pytree_with_keys(StateTree,
     lambda tree: (zip(map(tree_util.DictKey, tree._layout.leaf_names), tree._leaves), tree._layout),
     _tree_of_leaves, operator.attrgetter("_leaves", "_layout"))
 
-def _no_state(state: StateTree, name: str) -> KeyError:
+def _no_state(state: StateTree, path: Path) -> KeyError:
     """The error for a path that leads to no state."""
-    names = [*map(_dotted, state)]
-    if any(each.startswith(f"{name}.") for each in names):
+    name = _dotted(path)
+    if any(each[:-1][:len(path)] == path for each in state):
         return KeyError(f"no state {name!r}; subtree(tree, {name!r}) has the states below it")
-    names.sort(key=lambda each: abs(len(each) - len(name)))
+    names = sorted(map(_dotted, state), key=lambda each: abs(len(each) - len(name)))
     closest = difflib.get_close_matches(name, names[:50], cutoff=0)
     return KeyError(f"nothing is found for {name!r}; the closest states are {closest}")
 
@@ -611,7 +611,7 @@ def subtree(state: StateTree, path: Path | str) -> StateTree:
         if _dotted(whole).startswith(prefix) and len(prefix) in ends:  # at a step, since a key may have dots, too
             below[whole[ends.index(len(prefix)) + 1:]] = box
     if not below:
-        raise _no_state(state, prefix[:-1])
+        raise _no_state(state, _as_path(path))
     return _tree_of(below)
 
 def _is_key(leaf: Any) -> bool:
@@ -1126,7 +1126,7 @@ def _flatten_arguments(given: Any, in_axes: Any, is_mapped: Filter) -> Any:
         parts.append(part)
     return leaves, tree_util.tree_structure(tree_util.tree_unflatten(structure, parts)), trees
 
-def _axis_size(leaves: Any, axis_size: Any) -> int:
+def _axis_size(leaves: Any, axis_size: Any) -> Any:
     """The number of members: as given, or that of the first mapped state or argument."""
     sizes = [(name, [*np.shape(leaf)[axis:], None][0]) for name, leaf, axis in leaves if axis is not None]
     if axis_size is None:
@@ -1139,7 +1139,7 @@ def _axis_size(leaves: Any, axis_size: Any) -> int:
                          "An ensemble keeps its size; for another one in place, call init_all_states first.")
     if type(axis_size) is bool or not isinstance(axis_size, (int, np.integer)) or axis_size < 1:
         raise ValueError(f"axis_size is a positive int; got {axis_size!r}")
-    return int(axis_size)
+    return axis_size
 
 def _split_key(key: Key, size: int, leaves: Any) -> Key:
     """A key for each member, spread over an explicit mesh as what is mapped is."""
@@ -1579,7 +1579,7 @@ def assign_state_values(target: Any, *state_by_abs_path: Mapping[Any, Any]) -> t
 def _demonstrate() -> bool:
     """Run the example of this file as a person would type it, and compare; True if a result differs."""
     import doctest
-    text = ">>> " + (__doc__ or "").partition("\n>>> ")[2]
+    text = ">>> " + str(__doc__).partition("\n>>> ")[2]
     print(text)
     example = doctest.DocTestParser().get_doctest(text, dict(globals()), "collective", None, None)
     failed, attempted = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example)

@@ -2,9 +2,9 @@
 # Copyright (c) 2026 the collective-states authors
 """The suite of collective.py: put the two files side by side and run `python -m pytest`.
 
-    python -m pytest                                quick: half a minute at most, 250 compilations
-    COLLECTIVE_SLOW=1 python -m pytest              also depth, threads, devices, processes, README
-    COLLECTIVE_BENCH=1 python -m pytest -s -k bench prints what things cost, as ratios
+    python -m pytest                               quick: half a minute at most
+    COLLECTIVE_SLOW=1 python -m pytest             also depth, threads, devices, README
+    COLLECTIVE_BENCH=1 python -m pytest -sk bench  prints what things cost, as ratios
 
 The tables of named cases are the shortest way to learn the rules. To stay quick, tests use one shape, `float32[3]`,
 three members, and NumPy constants, which compile nothing.
@@ -87,20 +87,18 @@ SLOW = os.environ.get("COLLECTIVE_SLOW")
 BENCH = os.environ.get("COLLECTIVE_BENCH")
 slow = pytest.mark.skipif(not SLOW, reason="runs with COLLECTIVE_SLOW=1")
 bench = pytest.mark.skipif(not BENCH, reason="runs with COLLECTIVE_BENCH=1")
-few_devices = "len(jax.devices()) < 8"
-many_devices = pytest.mark.skipif(few_devices, reason="needs eight devices")
+many_devices = pytest.mark.skipif("len(jax.devices()) < 8", reason="needs eight devices")
 
 COMPILED = []  # one entry for each computation that XLA compiled since this file began
 
 def count_compilation(event, seconds, **details):
     if event == "/jax/core/compile/backend_compile_duration":
-        COMPILED.append(seconds)
+        COMPILED.append(event)
 
 jax.monitoring.register_event_duration_secs_listener(count_compilation)
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_by_this_file():
-    """The last test of the file reads it: what other files compiled does not count."""
+def forget_what_other_files_compiled():
     COMPILED.clear()
 
 def cases(names, table):
@@ -252,8 +250,7 @@ MODELS = {
 }
 every_model = cases("make", MODELS)
 
-# the same call of one method on all nodes, in four forms: `form(model, name, *args, **options)`
-FORMS = {
+FORMS = {  # `form(model, name, *args, **options)` calls a method of all nodes
     "call_all": lambda m, *args, **options: call_all(
         m, snapshot(m), *args, **options
     ),
@@ -308,7 +305,7 @@ def on_host(leaf):
     )
     return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
-def same(one, two, rtol=0.0):
+def same(one, two, tolerance=0.0):
     """Whether two pytrees have the same structure, shapes, dtypes and values."""
     if jax.tree.structure(one) != jax.tree.structure(two):
         return False
@@ -316,7 +313,7 @@ def same(one, two, rtol=0.0):
         left, right = map(on_host, pair)
         if (left.shape, left.dtype) != (right.shape, right.dtype):
             return False
-        if not np.allclose(left, right, rtol, rtol):
+        if not np.allclose(left, right, tolerance, tolerance):
             return False
     return True
 
@@ -400,12 +397,11 @@ def singles(tree):
     return [single(tree, index) for index in range(3)]
 
 def stacked(results, shared=()):
-    """What each member returned as what an ensemble returns, by NumPy. All states gain an axis but the shared ones."""
-    stack_them = lambda *parts: stack_parts(parts, shared)
+    """Results of members as one result, by NumPy: all states but the shared ones gain an axis."""
     is_tree = lambda part: isinstance(part, StateTree)
-    return jax.tree.map(stack_them, *results, is_leaf=is_tree)
+    return jax.tree.map(partial(stack_parts, shared), *results, is_leaf=is_tree)
 
-def stack_parts(parts, shared):
+def stack_parts(shared, *parts):
     if not isinstance(parts[0], StateTree):
         return np.stack([*map(on_host, parts)])
     boxes = parts[0].states()
@@ -441,12 +437,11 @@ def test_a_tag_is_a_string(tag):
 
 def test_a_kind_may_forget_to_call_super():
     class Decaying(HiddenState):
-        def __init__(self, decay):
-            self.value = decay
+        def __init__(self, value, decay):
+            self.value = value * decay
 
-    model = Module()
-    model.h = Decaying(0.5)
-    box = init(model).states()["h",]
+    model = holds(Decaying(ONES, 0.5))
+    box = init(model).states()["part",]
     assert type(box) is Decaying
     assert (box.tag, box.mapped) == (None, 0)
 
@@ -461,6 +456,7 @@ def test_slots_are_refused_where_the_class_is_defined(base):
 FILTERS = {
     "a type": (ParamState, "w"),
     "a base": (LongTermState, "w"),
+    "another base": (ShortTermState, "h"),
     "a tag": ("slow", "s"),
     "a callable": (lambda path, box: path == ("h",) and box.tag is None, "h"),
     "all": (..., "h s w"),
@@ -480,12 +476,12 @@ def test_a_filter_lets_pass(filter, passing):
     assert same(matching | rest, tree)
 
 @each("bad", 3, {"a"}, Module(), [ParamState, 3])
-def test_anything_else_is_no_filter(bad):
+def test_what_is_no_filter_is_refused(bad):
     for use in (Module().nodes, partial(partition, EMPTY)):
         with raises(TypeError, "filter"):
             use(bad)
 
-def test_a_filter_of_nodes_sees_the_modules_themselves_and_spares_their_children():
+def test_a_filter_of_nodes_excludes_the_module_and_not_its_children():
     outer = Recurrent()
     outer.inner = Recurrent()
     outer.tag = "top"
@@ -520,11 +516,12 @@ WALKS = {
 def test_the_walk_is_that_of_a_plain_recursion(make):
     model = init_all_states(make(), key=LEGACY)
     modules, states = plain_walk(model)
-    assert walk(model) == list(model.nodes().items()) == list(modules.items())
+    assert walk(model) == list(modules.items())
+    assert walk(model) == list(model.nodes().items())
     assert model.states() == states
     assert {*snapshot(model)} == {*states}
 
-@each("bad", 3, None, "text", Module, {1}, State(1), [3], {"a": State(1)})
+@each("bad", 3, None, Module, BOX(), [3], {"a": BOX()})
 def test_anything_but_modules_is_no_target(bad):
     of_trees = [partial(use, state=EMPTY) for use in (apply, reset, restore)]
     for use in (*WALKS.values(), *of_trees):
@@ -534,7 +531,7 @@ def test_anything_but_modules_is_no_target(bad):
 Word = type("Word", (str,), {})
 
 @each("key", True, 1.0, None, b"k", ("a", 1), np.int64(1), Word("w"))
-def test_any_other_key_leads_to_no_state_and_to_no_module(key):
+def test_a_key_that_is_no_str_or_int_leads_to_no_state_and_no_module(key):
     model = Module()
     for part in (State(ONES), [Linear()]):
         model.table = {"x": {key: part}}
@@ -545,11 +542,11 @@ def test_any_other_key_leads_to_no_state_and_to_no_module(key):
     assert len(init(model)) == 0
 
 @each("base", list, tuple, dict)
-def test_another_subclass_of_a_container_is_shared_and_may_hold_no_module(base):
+def test_a_users_container_is_shared_and_may_hold_no_module(base):
     own = type("Own", (base,), {})
     model = holds([own([("k", 3)])])
-    parts, _ = apply(model, EMPTY, "part", method="__getattribute__")
-    assert parts[0] is model.part[0]
+    copied, _ = apply(model, EMPTY, "part", method="__getattribute__")
+    assert copied[0] is model.part[0]
     for part in (BOX(), Linear()):
         model.part = [own([("k", part)])]
         for use in WALKS.values():
@@ -591,24 +588,23 @@ def test_the_repr_of_a_module_never_raises():
 
 def test_modules_mix_into_dataclasses_and_need_not_compare_hash_or_count():
     @dataclasses.dataclass(frozen=True, eq=False)
-    class Odd(Module):
+    class Frozen(Module):
         h: State
         below: object = None
         __eq__ = __hash__ = __bool__ = __len__ = None  # each of them raises
 
-    model = Odd(State(ONES), [Odd(State(ONES))])
+    model = Frozen(State(ONES), [Frozen(State(ONES))])
     tree = reset(model, snapshot(model))
     assert names_of(tree) == "below.0.h h"
     assert same(snapshot(reset_all_states(model)), tree)
 
-def test_an_array_does_not_take_the_place_of_a_state():
+def test_a_plain_value_does_not_take_the_place_of_a_state():
     model = keeper()
+    values = ONES, jnp.asarray(ONES), np.float32(1), 1.0, {"w": ONES, "n": "x"}
+    words = "'h' is a State; write self.h.value ="
     for form in FORMS.values():
-        for value in (ONES, jnp.asarray(ONES), 1.0, {"w": ONES}):
-            with (
-                unchanged(model),
-                raises(TypeError, "'h' is a State; write self.h.value ="),
-            ):
+        for value in values:
+            with unchanged(model), raises(TypeError, words):
                 form(model, "replace", value)
 
 @pytest.fixture(scope="module")
@@ -707,8 +703,8 @@ def test_a_tree_comes_back_whole_from(make, way):
     assert hash(jax.tree.structure(back)) == hash(jax.tree.structure(tree))
 
 def test_a_look_up_takes_paths_and_dotted_names():
-    tree = StateTree({"layers.0.w": BOX(), "a.01": BOX()})
-    assert list(tree) == [("a", "01"), ("layers", 0, "w")]
+    tree = StateTree({"layers.0.w": BOX(), "a.01.²": BOX()})
+    assert list(tree) == [("a", "01", "²"), ("layers", 0, "w")]
     for path in tree:
         assert path in tree
         assert dotted(path) in tree
@@ -725,8 +721,8 @@ NOT_FOUND = {
         "subtree(tree, 'layers.0')",
     ),
     "a subtree of nothing": (subtree, "layer", "layers.0.weight"),
-    "a subtree of a state": (subtree, "out", "out"),
-    "half of a key": (subtree, "k", "'k'"),
+    "a subtree of a state": (subtree, "out", "layers.0.weight"),
+    "half of a key": (subtree, "k", "k.l.w"),
 }
 @cases("look_up, name, word", NOT_FOUND)
 def test_a_look_up_that_fails_names_the_closest_paths(look_up, name, word):
@@ -746,7 +742,7 @@ CLASHES = {
     "parts of a model": lambda: snapshot({"a": {"b": keeper()}, "a.b": keeper()}),
 }
 @cases("make", CLASHES)
-def test_one_dotted_name_is_refused_for_two(make):
+def test_two_paths_may_not_share_a_dotted_name(make):
     with raises(ValueError, "('a', 'b", "rename"):
         make()
 
@@ -762,7 +758,6 @@ def test_a_tree_is_made_of_boxes_and_trees(part):
         StateTree({"a": part})
 
 TOO_LARGE = np.iinfo(jax.dtypes.canonicalize_dtype(int)).max + 1
-MASKED = np.ma.masked_array(ONES, ONES)
 
 @each(
     "value",
@@ -770,7 +765,7 @@ MASKED = np.ma.masked_array(ONES, ONES)
     [ONES, "text"],
     State(ONES),
     np.array([None]),
-    MASKED,
+    np.ma.masked_array(ONES, ONES),
     TOO_LARGE,
 )
 def test_what_is_no_array_cannot_enter_a_tree(value):
@@ -841,6 +836,7 @@ VALUES_IN = {
 TREES_IN = {  # trees whose leaves a `tree.map` made NumPy
     "reset": partial(reset, Module()),
     "vmap_reset": partial(vmap_reset, Module(), axis_size=3),
+    "assign to a tree": lambda tree: assign(tree, {}).state,
     "assign of a tree": lambda tree: assign(tree_of(h=ONES), tree).state,
     "|": EMPTY.__or__,
     "where": lambda tree: where(True, tree, jax.tree.map(np.copy, tree)),
@@ -851,22 +847,22 @@ TREES_IN = {  # trees whose leaves a `tree.map` made NumPy
     "restore": lambda tree: snapshot(restore(Module(), tree)),
     "flat_dict": flat_dict,
 }
-def check_memory(way, kind):
-    """A way of an array into a tree does not keep its memory, which JAX takes over at this alignment."""
+def check_memory(way, wrap):
+    """JAX takes over memory of this alignment, so that a way into a tree must copy it."""
     memory = np.zeros(256, np.uint8)
     start = -memory.ctypes.data % 64
     array = memory[start : start + 12].view(np.float32)
-    leaves = jax.tree.leaves(way(kind(array)))
+    leaves = jax.tree.leaves(way(wrap(array)))
     array[:] = 7
     assert leaves
     for leaf in leaves:
         assert isinstance(leaf, jax.Array)
         assert 7 not in np.asarray(leaf)
 
-@each("kind", np.asarray, memoryview)
+@each("wrap", np.asarray, memoryview)
 @cases("way", VALUES_IN)
-def test_the_memory_of_an_array_is_not_kept_by(way, kind):
-    check_memory(way, kind)
+def test_the_memory_of_an_array_is_not_kept_by(way, wrap):
+    check_memory(way, wrap)
 
 @cases("way", TREES_IN)
 def test_the_memory_of_a_tree_of_numpy_arrays_is_not_kept_by(way):
@@ -881,9 +877,9 @@ def test_leaves_have_the_names_of_flat_dict_which_gives_keys_as_their_data():
     flat = flat_dict(tree)
     assert " ".join(flat) == "h w.0.b w.0.k"
     assert flat["h"] is tree["h"]
-    assert same(flat["w.0.k"], LEGACY)
+    assert np.array_equal(flat["w.0.k"], LEGACY)
     for (path, _), name in zip(jax.tree_util.tree_leaves_with_path(tree), flat):
-        assert jax.tree_util.keystr(path).replace("']['", ".") == f"['{name}']"
+        assert jax.tree_util.keystr(path) == f"['{name}']"
 
 # ---- where ---------------------------------------------------------------------------------------
 MASK = np.array([True, False, True])
@@ -895,12 +891,14 @@ def ensemble_of(h, w):
 
 @each("count", 0, 2)
 def test_where_chooses_along_the_axes_of_the_mask(count):
-    trees = [tree_of(h=mapped(HiddenState(h), count)) for h in (ROWS, SQUARE)]
+    trees = []
+    for h in (ROWS, SQUARE):
+        trees.append(tree_of(h=mapped(HiddenState(h), count)))
     assert same(where(MASK, *trees)["h"], CHOSEN)
     chosen = where(ROWS > 4, *trees)
     assert same(chosen["h"], np.where(ROWS > 4, ROWS, SQUARE))
 
-def test_where_takes_no_axis_of_a_members_own_for_episodes():
+def test_a_mask_of_two_axes_needs_two_mapped_axes():
     old = tree_of(h=mapped(HiddenState(SQUARE), 2), p=mapped(ParamState(SQUARE)))
     new = jax.tree.map(np.ones_like, old)
     with raises(ValueError, "'p'", "(3, 3)"):
@@ -919,23 +917,23 @@ def test_where_keeps_what_is_the_same_object_in_both():
     assert same(chosen, ensemble_of(CHOSEN, ZEROS))
 
 NO_CHOICE = {
-    "another state": (
+    "states": (
         lambda: ensemble_of(ROWS, ZEROS) | tree_of(extra=1),
         ["extra"],
     ),
-    "another shape": (lambda: ensemble_of(ROWS, ONES[:2]), ["'w'"]),
-    "another dtype": (lambda: ensemble_of(ROWS, MASK), ["'w'"]),
-    "one model": (
+    "shapes": (lambda: ensemble_of(ROWS, ONES[:2]), ["'w'"]),
+    "dtypes": (lambda: ensemble_of(ROWS, MASK), ["'w'"]),
+    "mapped axes": (
         lambda: single(ensemble_of(ROWS, ZEROS), 0),
         ["mapped=1", "mapped=0"],
     ),
-    "a shared state": (
+    "shared values": (
         lambda: ensemble_of(ROWS, ONES),
         ["'w'", "jit", "partition"],
     ),
 }
 @cases("new, words", NO_CHOICE)
-def test_where_refuses_trees_that_differ_in(new, words):
+def test_where_refuses_trees_with_other(new, words):
     with raises(ValueError, *words):
         where(MASK, new(), ensemble_of(SQUARE, ZEROS))
 
@@ -944,7 +942,7 @@ def test_where_refuses_trees_that_differ_in(new, words):
 def test_restore_after_snapshot_is_the_identity(make):
     model = init_all_states(make(), key=LEGACY)
     tree = snapshot(model)
-    before = frozen(restore(model, tree))
+    before = frozen(restore(model, tree))  # whose values are JAX's now
     reset_all_states(model, key=a_key(1))
     assert restore(model, tree) is model
     assert frozen(model) == before
@@ -963,11 +961,11 @@ class Cyclic(Module):
         self.inner = ([self],)
         self.inner[0].append(self.inner)
         self.hook = self.update
-        self.other = object()
+        self.other = Linear().update
     def update(self):
         self.mark = True
-        assert self.inner[0] == [self, self.inner]  # which compare by identity
-        assert self.hook.__self__ is self
+        assert self.inner[0][0] is self.hook.__self__ is self
+        assert self.inner[0][1] is self.inner
         return self.other
 
 def test_a_copy_refers_to_itself_and_shares_what_is_opaque():
@@ -980,7 +978,7 @@ PLACES = {
     "None": (None, "part"),
     "an empty list": ([], "part.0 part.1"),
     "the end of a list": ([Linear(), 3], "part.2"),
-    "a list of None": ([None], "part.0"),
+    "an item that is None": ([None, Linear()], "part.0"),
     "a new key": ({"a": 1}, "part.k part.0"),
     "a new dict": (None, "part.a.5 part.a.6.0 part.0"),
     "a new dict in a dict": ({}, "part.k.l"),
@@ -1012,16 +1010,15 @@ NO_PLACES = {
     "a layer in a tuple": (holds((Linear(),)), "part.1.weight"),
     "a layer in a nested list": (holds([[], [Linear()]]), "part.1.1.weight"),
     "a layer in a dict": (holds({0: Linear()}), "part.1.weight"),
-    "a list in a list of modules": (holds([Linear()]), "part.1.0"),
     "a target that is a list": ([Linear()], "1"),
     "a target that is a tuple": ((Linear(),), "1"),
     "a target that is a dict": ({0: Linear()}, "1"),
 }
 @cases("model, name", NO_PLACES)
-def test_a_new_state_never_takes_the_place_of(model, name):
+def test_there_is_no_place_for_a_new_state_at(model, name):
     tree = snapshot(model) | StateTree({name: BOX()})
     for use in (restore, reset, partial(vmap_reset, axis_size=3)):
-        with unchanged(model), raises(ValueError, f"'{name[:4]}", "None"):
+        with unchanged(model), raises(ValueError, "no place", "None"):
             use(model, tree)
 
 def test_a_tree_that_lacks_states_of_the_module_is_refused():
@@ -1039,7 +1036,7 @@ class Tied(Module):
     def reset_state(self):
         self.two.h.value = ONES
 
-def test_a_tied_state_that_each_owner_re_creates_is_one_for_each_from_then_on():
+def test_owners_that_each_re_create_a_tied_state_have_their_own_from_then_on():
     tree = init(Tied(), ROWS, node_to_exclude=Tied)
     assert names_of(tree) == "one.h two.h"
     assert same(
@@ -1118,11 +1115,11 @@ class Echo(Module):
         return args, kwargs
 
 def test_outputs_come_by_path_in_call_order_without_none():
-    model = {"b": Echo(), "a": Module(), "c": [Echo()]}
+    model = {"c": [Echo()], "a": Module(), "b": Echo()}
     outputs, _ = call_all(model, EMPTY, "init_state", [7], {"k": 8})
     given = ([7],), {"k": 8}
     assert outputs == {("b",): given, ("c", 0): given}
-    assert names_of(outputs) == "b c.0"
+    assert names_of(outputs) == "c.0 b"
 
 def test_call_order_leaves_its_level_on_the_function():
     assert co.MAX_ORDER == 10
@@ -1160,7 +1157,7 @@ BAD_CALLS = {
 }
 @every_form
 @cases("error, word, options", BAD_CALLS)
-def test_nothing_runs_if_there_is(error, word, options, form):
+def test_nothing_runs_in_a_bad_call(error, word, options, form):
     log = []
     model = {
         "a": recorder(log, None),
@@ -1176,11 +1173,10 @@ def test_nothing_runs_if_there_is(error, word, options, form):
 def test_nodes_without_the_method_are_passed_over_if_told_so(form):
     log = []
     model = {"a": recorder(log, None), "b": Linear()}
-    with pytest.warns(UserWarning, match="'b'.*'note'"):
-        form(model, "note", fn_if_not_exist="warn")
-    form(model, "note", fn_if_not_exist="pass")
-    form(model, "note", fn_if_not_exist="none")
-    assert len(log) == 3
+    with pytest.warns(UserWarning, match="'b'.*'note'") as warned:
+        for policy in ("warn", "pass", "none"):
+            form(model, "note", fn_if_not_exist=policy)
+    assert len(log) == 3 * len(warned)
 
 @each("call", apply, vmap_apply)
 def test_apply_checks_its_method_too(call):
@@ -1213,10 +1209,11 @@ def test_a_node_draws_from_its_own_path_alone_in_every_process():
     assert drawn(model, a_key()) | drawn(Roller(), LEGACY) == GOLDEN
     assert drawn({"a": Roller()}, a_key())["a"] == GOLDEN["a"]
     assert drawn({"a": Roller()}, a_key(1))["a"] != GOLDEN["a"]
-    assert drawn([Roller()], a_key()) != drawn({"0": Roller()}, a_key())
+    by_number = drawn([Roller()], a_key())
+    assert by_number != drawn({"0": Roller()}, a_key())
 
 @each("key", "key", ONES, np.uint32(0), np.zeros((3, 2), np.uint32))
-def test_anything_else_is_no_key(key):
+def test_what_is_no_key_is_refused(key):
     with raises(TypeError, "jax.random.key(0)"):
         init(Module(), key=key)
 
@@ -1241,9 +1238,12 @@ def test_a_key_that_is_required_is_asked_for(form):
     assert "key=jax.random.key(0)" in " ".join(info.value.__notes__)
 
 def test_a_key_in_kwargs_and_the_key_of_apply_go_to_the_method_as_they_are():
-    outputs, _ = call_all([Roller()], EMPTY, "roll", kwargs={"key": a_key()})
+    kwargs = {"key": a_key()}
+    outputs, _ = call_all([Roller()], EMPTY, "roll", kwargs=kwargs)
     output, _ = apply(Roller(), EMPTY, method="roll", key=a_key())
     assert outputs[0,] is output is a_key()
+    with raises(TypeError, "'key'"):
+        apply(Linear(), snapshot(Linear()), ONES, key=LEGACY)
 
 # ---- Pure calls ----------------------------------------------------------------------------------
 def pure_life(model, step=apply):
@@ -1266,7 +1266,7 @@ def test_a_jitted_step_equals_an_eager_one_and_is_traced_once(make):
 
     template = make()
     lived = pure_life(template, lambda template, tree, x: step(tree, x))
-    assert same(lived, pure_life(template), rtol=1e-6)
+    assert same(lived, pure_life(template), tolerance=1e-6)
     assert len(traces) == 1
 
 @each("seed", *range(40))
@@ -1298,7 +1298,7 @@ def test_only_states_cross_a_pure_call():
     assert vars(model) == {}
 
 @every_form
-def test_modules_are_created_in_place_and_in_no_other_call(form):
+def test_only_call_all_fns_may_create_modules(form):
     model = {"m": Creator()}
     if form is call_all_fns:
         assert names_of(snapshot(form(model, "modules"))) == "m.new.0.weight"
@@ -1332,7 +1332,7 @@ LOOPS = {
 }
 @cases("loop", LOOPS)
 @each("in_members", False, True)
-def test_a_state_written_by_a_method_inside_its_own(loop, in_members):
+def test_a_state_written_inside_a_loop_of_jax_is_refused(loop, in_members):
     model = restore([Looping(loop)], StateTree({"0.child": ensemble()}))
     calls = FORMS["vmap_call_all"], FORMS["vmap_call_all_fns"]
     if not in_members:
@@ -1350,8 +1350,8 @@ def test_apply_on_a_snapshot_inside_the_loop_is_the_way_out():
     twin = copy.deepcopy(model.child)
     expected = stacked([twin(x) for x in ROWS])
     outputs, tree = apply(model, snapshot(model), ROWS, method="roll")
-    assert same(outputs, expected, rtol=1e-6)
-    assert same(tree, StateTree({"child": snapshot(twin)}), rtol=1e-6)
+    assert same(outputs, expected, tolerance=1e-6)
+    assert same(tree, StateTree({"child": snapshot(twin)}), tolerance=1e-6)
 
 # ---- Slow: threads and memory --------------------------------------------------------------------
 @slow
@@ -1392,7 +1392,7 @@ def ensemble():
 
 @functools.cache
 def split(number):
-    """That many of the keys that `LEGACY` is split into, on the host."""
+    """The keys that `LEGACY` is split into, on the host."""
     return on_host(jax.random.split(LEGACY, number))
 
 PLAIN = init, apply, reset
@@ -1417,19 +1417,20 @@ def test_each_member_is_a_single_model_with_its_key_at_each_level(make, levels):
     model = make()
     outer = split(3 ** (levels - 1))
     keys = np.concatenate([jax.random.split(key, 3) for key in outer])
-    xs = np.arange(3 * len(keys), dtype=np.float32).reshape(-1, 3)
+    numbers = np.arange(3 * len(keys), dtype=np.float32)
+    xs = numbers.reshape(-1, 3)
     alone = jax.jit(partial(life, PLAIN, 0, model))
     lives = [*map(alone, keys, xs)]
     shared = {*snapshot(model)}
     while len(lives) > 1:
         triples = [lives[i : i + 3] for i in range(0, len(lives), 3)]
         lives = [stacked(triple, shared) for triple in triples]
-        shared = ()
+        shared = ()  # each outer level maps all
     shape = (3,) * (levels - 1)
     nested = outer.reshape(*shape, 2), xs.reshape(*shape, 3, 3)
     together = jax.jit(partial(life, VMAPPED, levels - 1, model))
     with unchanged(model), jax.checking_leaks():
-        assert same(together(*nested), lives[0], rtol=1e-5)
+        assert same(together(*nested), lives[0], tolerance=1e-5)
 
 @each("seed", *range(20))
 def test_vmapped_calls_on_a_random_graph_equal_a_loop_over_members(seed):
@@ -1451,9 +1452,6 @@ class Axes(Module):
         self.new_out = State(ZEROS, tag="out")
     init_state = reset_state = update
 
-def add_new(tree):
-    return tree | tree_of(new=tree["mapped"][0])
-
 OUT = {"state_to_exclude": "out"}
 NAMES = "shared", "mapped", "out", "new", "for_shared", "for_mapped", "new_out"
 AXES = {  # how many mapped axes each state has after a call of five members
@@ -1473,7 +1471,9 @@ CALLS = {
     "vmap_call_all": lambda m, tree: vmap_call_all(m, tree, "update", **OUT)[1],
     "vmap_apply": lambda m, tree: vmap_apply(m, tree)[1],
     "vmap(fn)": lambda m, tree: vmap(lambda tree: apply(m, tree)[1])(tree),
-    "vmap(fn, None)": lambda m, tree: vmap(add_new, None, axis_size=5)(tree),
+    "vmap(fn, None)": lambda m, tree: vmap(
+        lambda tree: tree | tree_of(new=tree["mapped"][0]), None, axis_size=5
+    )(tree),
 }
 def counts_of(name):
     counts = zip(NAMES, AXES[name].split())
@@ -1511,12 +1511,13 @@ def test_a_box_that_moves_keeps_its_axis_and_its_tag_and_new_ones_get_the_state_
     assert tags == [None, None, "new", "own"]
     assert same(tree["spare.0"], ROWS)
 
-def test_what_a_call_creates_and_excludes_has_the_value_of_the_first_member():
+def test_a_new_state_that_is_excluded_has_the_value_of_the_first_member():
     tree = vmap_init(
         Recurrent(), axis_size=3, state_to_exclude=ParamState, key=LEGACY
     )
     assert mapped_of(tree) == {"bias": 0, "weight": 0, "h": 1}
-    assert same(tree["weight"], init(Recurrent(), key=split(3)[0])["weight"])
+    first = init(Recurrent(), key=split(3)[0])
+    assert same(tree["weight"], first["weight"])
 
 def test_a_constructor_under_vmap_makes_independent_members():
     born = lambda key: snapshot(Linear(uniform(key)))
@@ -1581,7 +1582,7 @@ def test_a_class_that_checks_itself_is_never_rebuilt_with_anything_but_arrays():
     assert same(results, (ROWS + 1, args[0]))
     assert same(vmap(partial(apply, model), (0, None, 0))(*args), results)
 
-def test_arguments_that_disagree_go_by_the_states_of_the_result():
+def test_where_arguments_disagree_the_one_with_the_states_of_the_result_decides():
     shared = tree_of(h=HiddenState(ONES))
     results = vmap(lambda *args: args)(ensemble(), shared)
     assert same(results, (ensemble(), shared))
@@ -1592,22 +1593,23 @@ def train_step(params, momentum, rest, x):
         return jnp.sum(output**3)
 
     add = lambda factor, leaf, other: factor * leaf + other
-    momentum = jax.tree.map(partial(add, 0.5), momentum, jax.grad(loss)(params))
+    slopes = jax.grad(loss)(params)
+    momentum = jax.tree.map(partial(add, 0.5), momentum, slopes)
     return jax.tree.map(partial(add, -0.1), momentum, params), momentum
 
 def test_each_member_trains_with_its_own_optimiser_as_if_alone():
-    def train(deeper, tree, x):
+    def train(lift, tree, x):  # lift is the identity, or vmap
         params, rest = partition(tree, ParamState)
-        momentum = deeper(partial(times, 0))(params)
+        momentum = lift(partial(times, 0))(params)
         for _ in range(2):
-            params, momentum = deeper(train_step)(params, momentum, rest, x)
+            params, momentum = lift(train_step)(params, momentum, rest, x)
         return params, momentum
 
     alone = jax.jit(partial(train, lambda fn: fn))
     tree = stacked(singles(ensemble()))  # in which the bias is mapped, too
     got = jax.jit(partial(train, vmap))(tree, ROWS)
     results = [*map(alone, singles(tree), ROWS)]
-    assert same(got, stacked(results), rtol=1e-5)
+    assert same(got, stacked(results), tolerance=1e-5)
 
 def test_trees_inside_of_values_count_mapped_axes_too():
     begin = lambda tree: tree_of(opt=[1.0, {"momentum": tree}])
@@ -1617,7 +1619,8 @@ def test_trees_inside_of_values_count_mapped_axes_too():
     part = jax.eval_shape(
         lambda: member(vmap(lambda whole: whole)(vmap(begin)(tree)), 0)
     )
-    assert jax.tree.structure(part) == jax.tree.structure(begin(single(tree, 0)))
+    expected = begin(single(tree, 0))
+    assert jax.tree.structure(part) == jax.tree.structure(expected)
     hessian = jax.hessian(lambda tree: jnp.sum(tree["h"] ** 3))
     assert mapped_of(jax.eval_shape(vmap(hessian), tree)["h"]) == {"h": 1}
 
@@ -1638,7 +1641,7 @@ def test_a_shared_statistic_is_updated_from_all_members_of_all_levels():
     )
     assert same(step(snapshot(Mean()), ROWS, axis="m")[1], expected)
     agents = vmap(partial(step, axis=("m", "outer")), axis_name="outer")
-    _, tree = agents(snapshot(Mean()), np.stack([ROWS, ROWS]))
+    _, tree = agents(snapshot(Mean()), np.stack([ROWS * 0, ROWS * 2]))
     assert same(tree, expected)
 
 WAYS_OUT = (
@@ -1669,10 +1672,9 @@ class Die(Module):
 
 def test_member_i_gets_key_i_of_the_split():
     for key in (a_key(), LEGACY):
-        outputs, _ = vmap_apply(Die(), EMPTY, axis_size=3, key=key)
+        outputs, _ = vmap_apply(Die(), EMPTY, axis_size=np.int64(3), key=key)
         assert same(outputs, split(3))
-    asked_for = {"in_axes": (0, None)}
-    outputs, _ = vmap_apply(Die(), EMPTY, ROWS, LEGACY, **asked_for)
+    outputs, _ = vmap_apply(Die(), EMPTY, ROWS, LEGACY, in_axes=(0, None))
     assert same(outputs, np.stack([LEGACY] * 3))
 
 def test_a_shared_key_that_changed_is_warned_of_and_no_other():
@@ -1714,7 +1716,7 @@ LEVELS = "'h' (HiddenState)", "vmap(functools.partial(vmap_reset, module))"
 LOST = "'weight' (ParamState)", "vmap", "stack"
 GROWN = "'h' (HiddenState)", "in_axes", "keyword"
 DISAGREE = "'h'", "StateTree({'actor': a, 'critic': c})"
-REFUSED = {  # a call with an ensemble of three, and words of its ValueError
+REFUSED = {  # a call with an ensemble of three; words of its ValueError (no min runs)
     "no size": (lambda s: vmap_init(Axes()), "no state is mapped"),
     "unlike a state": (
         lambda s: vmap_reset(CELL, s, axis_size=5),
@@ -1770,7 +1772,7 @@ def test_what_cannot_be_meant_is_refused(name):
     with raises(ValueError, *words):
         call(ensemble())
 
-def test_what_is_like_it_and_can_be_meant_passes():
+def test_what_resembles_a_refused_call_and_can_be_meant_passes():
     mean = weights(STEPS)  # of members, as jax.tree.map makes it: one model
     assert same(apply(Linear(), mean, ONES), (STEPS, mean))
     batch = tree_of(h=HiddenState(ROWS))  # made by hand
@@ -1778,25 +1780,30 @@ def test_what_is_like_it_and_can_be_meant_passes():
     holder = restore(Linear(), weights(ROWS))
     for tree in (weights(STEPS), weights(ROWS, 0)):
         assert same(reset(holder, tree), tree)
+    model = keeper()
+    model.h = mapped(State(ROWS))
+    _, tree = apply(model, snapshot(model), FIVE.T)  # other axes than leading ones
+    assert same(tree["h"], FIVE.T)
     model = restore(copy.copy(GROWING), ensemble())
     grown = jax.eval_shape(lambda: vmap_init(model, ROWS, axis_size=3))
     assert grown["h"].shape == (3, 3, 3)
     options = {"axis_size": 3, "method": "replace", "h": State(FIVE)}
     replace = partial(vmap_apply, keeper(), **options)
-    assert jax.eval_shape(replace, tree_of(h=ONES))[1]["h"].shape == (3, 5, 3)
+    _, replaced = jax.eval_shape(replace, tree_of(h=ONES))
+    assert replaced["h"].shape == (3, 5, 3)
     model = init_all_states(vmap_init_all_states(Axes(), axis_size=3))
     assert same(vmap_init_all_states(model, axis_size=5).new.value, FIVE)
 
 UNLIKE = {
     "shapes": (State(ZEROS[:2]), "float32[2]"),
-    "dtypes": (State(0), "int32"),
+    "dtypes": (State(ONES > 0), "bool[3]"),
     "kinds": (HiddenState(ZEROS), "HiddenState"),
     "tags": (State(ZEROS, tag="t"), "tag='t'"),
     "axes": (mapped(State(ZEROS)), "mapped=1"),
 }
 @cases("box, word", UNLIKE)
 def test_stack_refuses_trees_of_unlike(box, word):
-    with raises(ValueError, "v", word):
+    with raises(ValueError, word):
         stack(tree_of(v=ONES), tree_of(v=box))
 
 def test_a_module_or_its_method_is_not_mapped_by_vmap():
@@ -1807,6 +1814,7 @@ def test_a_module_or_its_method_is_not_mapped_by_vmap():
 
 BAD_AXES = {
     "too large": (2, [ROWS], "args[0], float32[3,3]"),
+    "too small": (-3, [ROWS], "args[0], float32[3,3]"),
     "a flag": (0, [ZEROS, True], "args[1], bool", "keyword"),
     "a key": (0, [ROWS, a_key], "args[1], key", "key="),
     "a bool": ((False,), [ROWS], "args[0]"),
@@ -1843,7 +1851,7 @@ NO_OUTPUTS = {
     "texts": lambda self: np.array(["text"]),
 }
 @cases("update", NO_OUTPUTS)
-def test_an_output_that_cannot_cross_is_refused_with_its_place(update):
+def test_an_output_that_is_no_array_is_refused_with_its_place(update):
     fine = module_with(update=lambda self: ONES)
     model = {"fine": fine, "odd": [module_with(update=update)]}
     for name in ("vmap_call_all", "vmap_call_all_fns"):
@@ -1878,7 +1886,6 @@ TOUCHES = {
 }
 SEES_ALL = {
     "apply": apply,
-    "call_all": lambda model, tree: call_all(model, tree, "update"),
     "reset": reset,
     "a step that closes over it": lambda model, tree: vmap(
         lambda x: apply(model, tree)[0]
@@ -1915,7 +1922,7 @@ CHANGED = {
     "a leaf without the axis": {"deep": ROWS, "more": np.float32(0)},
 }
 @cases("value", CHANGED)
-def test_but_it_keeps_the_leading_axes_of_every_leaf(value):
+def test_a_plain_call_keeps_the_leading_axes_of_every_leaf(value):
     model = keeper()
     model.h = mapped(State({"deep": ROWS}))
     for call in (
@@ -1928,7 +1935,7 @@ def test_but_it_keeps_the_leading_axes_of_every_leaf(value):
 
 def test_methods_run_once_however_many_the_members():
     log = []
-    vmap_call_all([recorder(log, None)] * 2, EMPTY, "note", axis_size=64)
+    vmap_call_all([recorder(log, None)], EMPTY, "note", axis_size=64)
     vmap(lambda: log.append(3), axis_size=64)()
     assert log == [None, 3]
 
@@ -1941,7 +1948,8 @@ def test_stack_and_member_are_inverse():
 def test_a_vector_of_integers_takes_members_from_the_mapped_states_alone():
     expected = ensemble_of(ROWS[[2, 0, 2]], ZEROS)
     for use in (member, jax.jit(member)):
-        assert same(use(ensemble_of(ROWS, ZEROS), np.array([2, 0, 2])), expected)
+        tree = use(ensemble_of(ROWS, ZEROS), np.array([2, 0, 2]))
+        assert same(tree, expected)
     none_is_mapped = snapshot(Mixed())
     for i in (5, [7, 7]):
         assert same(member(none_is_mapped, i), none_is_mapped)
@@ -1955,12 +1963,12 @@ def test_members_are_chosen_by_integers_in_the_range():
             member(ensemble(), i)
 
 # ---- Assigning -----------------------------------------------------------------------------------
-def low(name, values):
-    """An array of any dtype, of those too that NumPy alone does not know, such as bfloat16."""
+def of_dtype(name, values):
+    """An array of any dtype, even of one that NumPy alone lacks, such as bfloat16."""
     return np.asarray(values, np.float32).astype(jnp.dtype(name))
 
 of_jax = partial(jax.ShapeDtypeStruct, (3,))  # all that is known of a traced array
-FITS = {  # what is given, and the dtypes of leaves (of the same shape) that it fits, and that it does not fit
+FITS = {  # what is given; dtypes of leaves of its shape that it fits; others
     "ints": (np.arange(3), "int32 uint8 float32 bfloat16 complex64", "bool"),
     "floats": (np.ones(3), "float32 float16 complex64", "int32 bool"),
     "complex numbers": (ONES * 1j, "complex64", "float32"),
@@ -1972,7 +1980,7 @@ FITS = {  # what is given, and the dtypes of leaves (of the same shape) that it 
     "70000": (70000, "int32 float32 bfloat16", "float16"),
     "1e39": (1e39, "", "bfloat16"),
     "JAX ints, by their dtype": (of_jax("int8"), "int32 float16", "uint8"),
-    "larger ones, all finite": (of_jax("int32"), "float32", "int8 float16"),
+    "larger JAX ints": (of_jax("int32"), "float32", "int8 float16"),
     "JAX floats": (of_jax("float32"), "float16", "int32"),
     "a timedelta": (np.ones(3, "m8[s]"), "", "int32"),
     "text": ("1.0", "", "float32"),
@@ -1993,14 +2001,14 @@ def load(old, given):
 def test_what_fits(given, fits, misfits):
     shape = np.shape(given)
     for dtype in fits.split():
-        leaf = load(low(dtype, np.zeros(shape)), given)
+        leaf = load(of_dtype(dtype, np.zeros(shape)), given)
         assert (leaf.dtype, leaf.shape, leaf.weak_type) == (dtype, shape, False)
         if isinstance(leaf, jax.Array) and np.asarray(given).dtype.kind != "V":
             cast = np.asarray(given).astype(leaf.dtype)
             assert np.asarray(leaf).tobytes() == cast.tobytes()
     for dtype in misfits.split():
         with raises(ValueError, f"'w' expected {dtype}[", "got "):
-            load(low(dtype, np.zeros(shape)), given)
+            load(of_dtype(dtype, np.zeros(shape)), given)
 
 @each("dtype", "int4", "int8", "uint8", "int32", "uint32")
 def test_the_limits_of_ints_fit_and_no_number_beyond(dtype):
@@ -2008,9 +2016,9 @@ def test_the_limits_of_ints_fit_and_no_number_beyond(dtype):
     for kind in (int, np.int64):
         for limit, step in ((limits.min, -1), (limits.max, 1)):
             number = int(limit)
-            assert load(low(dtype, 0), kind(number)).item() == number
+            assert load(of_dtype(dtype, 0), kind(number)).item() == number
             with raises(ValueError, f"'w' expected {dtype}[]"):
-                load(low(dtype, 0), kind(number + step))
+                load(of_dtype(dtype, 0), kind(number + step))
 
 def test_concrete_jax_arrays_go_by_dtype_and_lose_their_weak_type():
     assert not load(0.0, jnp.asarray(2.5)).weak_type
@@ -2023,7 +2031,6 @@ def test_concrete_jax_arrays_go_by_dtype_and_lose_their_weak_type():
 NEW = {"bias": ONES, "scale": np.float32(3)}
 WRITINGS = {
     "a state by path": {("W", "weight"): NEW},
-    "a state by name": {"W.weight": NEW},
     "leaves by path": {
         ("W", "weight", "bias"): ONES,
         ("W", "weight", "scale"): 3,
@@ -2061,9 +2068,9 @@ def test_later_snapshots_win_and_unexpected_and_missing_are_sorted_paths_of_leav
         d=OrderedDict(z=0, a=0),
         none=None,
     )
-    first = {"z": 1, 5: {"y": ONES}, "c": {3: 1}, "b": ROWS}
+    first = {"z": [1], 5: {"y": ONES}, "c": {3: 1}, "b": ROWS}
     after, *rest = assign(tree, first, {"c": {10: ONES}, "b": ONES})
-    assert [*map(names_of, rest)] == ["5.y c.3 z", "c.9 d.a d.z"]
+    assert [*map(names_of, rest)] == ["5.y c.3 z.0", "c.9 d.a d.z"]
     new = tree_of(b=ONES, c={10: ONES, 9: ZEROS})
     assert same(after, tree | new)
     assert assign(tree, tree)[1:] == ([], [])
@@ -2078,13 +2085,13 @@ def test_all_that_does_not_fit_is_listed_and_nothing_is_assigned():
     model = {"a": keeper(ZEROS), "b": nested, "c": keeper(ZEROS)}
     given = {
         "a.h": ROWS,
-        "b.h": {"x": 0.5, "y": [ONES[:1]]},
+        "b.h": {"x": 0.5, "y": [ONES[:, None]]},
         "c.h": ONES,
     }
     faults = """nothing was assigned, since these values do not fit:
   'a.h' expected float32[3], got float32[3,3]
   'b.h.x' expected int32[], got float
-  'b.h.y.0' expected float32[3], got float32[1]"""
+  'b.h.y.0' expected float32[3], got float32[3,1]"""
     with unchanged(model), raises(ValueError, faults):
         assign_state_values(model, given)
 
@@ -2104,14 +2111,15 @@ BAD_KEYS = {
     "data of too many": (lambda: split(3), "uint32[2], got uint32[3,2]"),
 }
 @cases("make, words", BAD_KEYS)
-def test_keys_that_do_not_fit_are_told_in_one_unit(make, words):
+def test_keys_that_do_not_fit_are_told_in_like_terms(make, words):
     with raises(ValueError, f"'w' expected {words}"):
         jax.eval_shape(lambda key: load(key, make()), a_key())
 
 def test_all_that_npz_writes_is_read_back_raw_bytes_too(tmp_path):
     names = "bfloat16", "float8_e4m3fn", "int4", "uint4"
-    raw = {name: low(name, [1, 0, 1]) for name in names}
-    tree = tree_of(rows=ROWS, half=np.ones(3, np.float16), flag=MASK, **raw)
+    raw = {name: of_dtype(name, [1, 0, 1]) for name in names}
+    half = np.ones(3, np.float16)
+    tree = tree_of(rows=ROWS, half=half, flag=MASK, **raw)
     np.savez(tmp_path / "tree.npz", **flat_dict(tree))
     with np.load(tmp_path / "tree.npz") as loaded:
         assert {loaded[name].dtype.kind for name in raw} == {"V"}
@@ -2119,7 +2127,7 @@ def test_all_that_npz_writes_is_read_back_raw_bytes_too(tmp_path):
     assert rest == [[], []]
     assert frozen(after.states()) == frozen(tree.states())
 
-def test_a_value_in_another_unit_is_refused_and_a_mapping_is_taken():
+def test_a_value_in_another_unit_is_refused_and_a_mapping_of_its_fields_is_taken():
     for given in (Quantity(ONES), {"mantissa": ONES}):
         assert same(load(Quantity(ZEROS), given), Quantity(ONES))
     with raises(ValueError, "'w' expected ", "'mV'", "'V'"):
@@ -2134,7 +2142,7 @@ def test_nothing_is_compiled_for_numpy_arrays_of_new_shapes():
     assert (before := len(COMPILED))  # what is compiled is counted
     for size in range(103, 108):
         for dtype in ("float32", "int4"):
-            load(low(dtype, np.zeros(size)), np.ones(size, int))
+            load(of_dtype(dtype, np.zeros(size)), np.ones(size, int))
     assert len(COMPILED) == before
 
 # ---- In place: the documented API ----------------------------------------------------------------
@@ -2160,7 +2168,7 @@ LIVES = {
 @cases("in_place, pure, at_first, at_a_step", LIVES)
 @cases("make", TARGETS)
 def test_calls_in_place_equal_pure_ones(make, in_place, pure, at_first, at_a_step):
-    def real_life(begin, call, again):
+    def real_calls(begin, call, again):
         assert begin(target, key=LEGACY, **at_first) is target
         yield snapshot(target)
         assert call(target, "update", node_to_exclude=Node, **at_a_step) is target
@@ -2168,7 +2176,7 @@ def test_calls_in_place_equal_pure_ones(make, in_place, pure, at_first, at_a_ste
         assert again(target, key=LEGACY) is target
         yield snapshot(target)
 
-    def pure_life(begin, call, again):
+    def pure_calls(begin, call, again):
         tree = begin(template, key=LEGACY, **at_first)
         _, stepped = call(
             template, tree, "update", node_to_exclude=Node, **at_a_step
@@ -2178,7 +2186,7 @@ def test_calls_in_place_equal_pure_ones(make, in_place, pure, at_first, at_a_ste
     target, template = make(), make()
     _, boxes = plain_walk(target)
     with unchanged(template):
-        lives = jax.jit(lambda: ([*real_life(*in_place)], pure_life(*pure)))
+        lives = jax.jit(lambda: ([*real_calls(*in_place)], pure_calls(*pure)))
         assert same(*lives())
     assert boxes.items() <= plain_walk(target)[1].items()
 
@@ -2190,9 +2198,7 @@ ORDERS = {
 def test_arguments_come_in_the_documented_order(call):
     parameters = inspect.signature(call).parameters.values()
     names = [
-        each.name
-        for each in parameters
-        if each.kind == each.POSITIONAL_OR_KEYWORD
+        one.name for one in parameters if one.kind == one.POSITIONAL_OR_KEYWORD
     ]
     assert " ".join(names) == ORDERS[call]
 
@@ -2200,14 +2206,13 @@ class Taker(Keeper):
     reset_state = update = Keeper.init_state
 
 SAYS = {  # what a call says of {3}, which no option can be
-    "kwargs": "kwargs",
+    "kwargs": "kwargs",  # or what the method says of it
     "axis_size": "axis_size {3}",
     "axis_name": "unhashable",
     "in_axes": "in_axes is",
     "node_to_exclude": "a filter is",
     "state_to_exclude": "a filter is",
     "state_tag": "a tag is",
-    "fn_if_not_exist": "fn_if_not_exist is",
     "key": "key= is one PRNG key",
 }
 TWINS = {
@@ -2238,7 +2243,7 @@ def test_assigning_in_place_writes_into_the_boxes_that_are_there():
     rest = assign_state_values(
         model, {"1.h": {"b": STEPS, "new": 1}}, {"1.h.b": ONES}
     )
-    assert rest == ([(1, "h", "new")], [(0, "h"), (1, "h", "scale")])
+    assert [*map(names_of, rest)] == ["1.h.new", "0.h 1.h.scale"]
     assert plain_walk(model)[1] == boxes  # which compare by identity
     values = [box.value for box in boxes.values()]
     assert same(values, [ONES, {"b": ONES, "scale": ZEROS}])
@@ -2267,7 +2272,7 @@ DERIVATIVES = {
 def test_a_vmapped_call_is_transformed_like_a_loop(transform):
     tree = times(0.1, ensemble())
     expected = jax.jit(transform(total_of_a_loop))(tree)
-    assert same(jax.jit(transform(total_of_members))(tree), expected, rtol=1e-4)
+    assert same(jax.jit(transform(total_of_members))(tree), expected, tolerance=1e-4)
 
 Spec = jax.sharding.PartitionSpec
 EIGHT = np.arange(24, dtype=np.float32).reshape(8, 3)
@@ -2279,7 +2284,7 @@ def placed(*spec):
     return jax.sharding.NamedSharding(devices(), Spec(*spec))
 
 def places_of(tree, of_members, shared):
-    """A tree of the one for leaves of eight members, and of the other elsewhere."""
+    """`of_members` for each leaf of eight members, `shared` for the others."""
     place_of = lambda leaf: of_members if leaf.shape[:1] == (8,) else shared
     return jax.tree.map(place_of, tree)
 
@@ -2296,15 +2301,14 @@ def test_an_ensemble_is_born_spread_and_stays_so_under_jit():
     places = places_of(shapes, placed("m"), placed())
     tree = jax.jit(born, out_shardings=places)(key=LEGACY)
     after = jax.jit(step)(tree)
-    assert same(after, jax.jit(step)(born(key=LEGACY)), rtol=1e-6)
+    assert same(after, jax.jit(step)(born(key=LEGACY)), tolerance=1e-6)
     for place, *leaves in zip(*map(jax.tree.leaves, (places, tree, after))):
-        assert all(
-            leaf.sharding.is_equivalent_to(place, leaf.ndim) for leaf in leaves
-        )
+        for leaf in leaves:
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
 @slow
 @many_devices
-def test_assign_keeps_shardings_and_no_device_holds_the_whole():
+def test_assign_keeps_shardings_and_leaves_what_is_traced_where_it_is():
     second, third = jax.devices()[1:3]
     keys = jax.random.split(a_key(), 8)
     tree = tree_of(
@@ -2319,8 +2323,6 @@ def test_assign_keeps_shardings_and_no_device_holds_the_whole():
             after = assign(tree, new).state
         for leaf, old in zip(after.values(), tree.values()):
             assert leaf.sharding == old.sharding
-        shards = after["spread"].addressable_shards
-        assert {shard.data.shape for shard in shards} == {(1, 3)}
         assert same([*map(on_host, after.values())], [other_keys, ONES, EIGHT])
     free = jax.jit(lambda new: assign(tree, {"second": new}).state["second"])
     traced = jax.device_put(ONES, third)  # which stays where it is
@@ -2338,7 +2340,7 @@ def test_vmapped_calls_run_inside_shard_map():
     step = partial(vmap_apply, Recurrent())
     options = {"in_specs": (specs, Spec("m")), "out_specs": (Spec("m"), specs)}
     spread = jax.shard_map(step, mesh=devices(), **options)
-    assert same(slopes(spread), slopes(step), rtol=1e-5)
+    assert same(slopes(spread), slopes(step), tolerance=1e-5)
 
 class Noisy(Module):
     """Its constants are JAX's, since `jax.vmap` does not spread NumPy's over a mesh."""
@@ -2376,7 +2378,7 @@ def test_an_explicit_mesh_changes_nothing_but_where_arrays_lie():
     with jax.set_mesh(mesh):
         spread = jax.sharding.NamedSharding(mesh, Spec("m"))
         got = noisy_life(*jax.device_put(args, spread))
-    assert same(got, expected, rtol=1e-5)
+    assert same(got, expected, tolerance=1e-5)
     for leaf in jax.tree.leaves(got):
         assert leaf.shape == (3,) or leaf.sharding.spec[0] == "m"
 
@@ -2390,7 +2392,7 @@ PATH_USES = {
 }
 @slow
 @cases("use", PATH_USES)
-def test_10000_states_and_500_nested_modules_take_no_seconds(use):
+def test_10000_states_and_500_nested_modules_take_less_than_two_seconds(use):
     wide = StateTree({f"wide.{i}": BOX() for i in range(10_000)})
     for tree in (wide, snapshot(chain(500))):
         start = time.process_time()  # other programs do not count
@@ -2407,7 +2409,7 @@ def test_shared_states_that_differ_are_refused_in_linear_time():
         return time.perf_counter() - start
 
     seconds(10)
-    assert seconds(2000) < 4 * seconds(1000)
+    assert seconds(2000) < 3 * seconds(1000)
 
 @slow
 def test_the_examples_of_all_docstrings_hold():
@@ -2439,7 +2441,7 @@ def test_the_file_shows_its_example_and_notices_a_wrong_result(wrong, tmp_path):
     assert not re.search(r"\b_[a-z]", shown.stdout)
 
 @slow
-def test_only_public_jax_and_the_standard_library_are_used():
+def test_only_public_jax_numpy_and_the_standard_library_are_used():
     source = Path(co.__file__).read_text()
     imported = {*re.findall(r"^ *(?:import|from) (\w+)", source, re.MULTILINE)}
     assert imported - {*sys.stdlib_module_names} == {"jax", "numpy"}
@@ -2476,13 +2478,11 @@ def in_turns(ours, bare):
 def often(fn, *args):
     return lambda: [fn(*args) for _ in range(100)]
 
-def lowered(fn, *args):
-    # a new function each time, or JAX would remember the last
+def lowered(fn, *args):  # as a new function each time, since JAX remembers the last
     return lambda: jax.jit(lambda *args: fn(*args)).lower(*args) and None
 
-# Each row has a name, our call, the bare one, and a limit: of their ratio, or, where the row ends in a number of parts,
-# of the microseconds that our call takes more for each part.
-
+# Rows: a name, our call, the bare one, and the limit of their ratio; or of the extra
+# microseconds of ours for each of so many parts.
 def costs_of_steps():
     for number in (1, 10, 1000):
         tree = snapshot(Group(number))
@@ -2536,7 +2536,7 @@ def costs_of_eager_calls():
         bare = lambda: [cell.init_state() for cell in model.cells]
         yield (
             f"call_all_fns of {number:,}",
-            lambda: init_all_states(model) and None,
+            lambda: call_all_fns(model, "init_state") and None,
             bare,
             10,
             number,
@@ -2559,8 +2559,8 @@ def costs_of_eager_calls():
     bare = lambda: jax.tree.map(partial(jnp.where, mask), new, tree)
     yield "eager where", lambda: where(mask, new, tree), bare, 3
     arrays = []
-    for first in range(0, 800, 50):
-        arrays.append({str(i): np.ones((first + i, 3)) for i in range(50)})
+    for start in range(0, 800, 50):  # for each of the 16 rounds
+        arrays.append({str(i): np.ones((start + i, 3)) for i in range(50)})
     trees = iter([tree_of(**row) for row in arrays])
     ours = iter(arrays)
     bare = iter(arrays)
