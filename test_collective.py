@@ -521,7 +521,7 @@ def test_the_walk_is_that_of_a_plain_recursion(make):
     assert model.states() == states
     assert {*snapshot(model)} == {*states}
 
-@each("bad", 3, None, Module, BOX(), [3], {"a": BOX()})
+@each("bad", 3, None, Module, BOX(), [3])
 def test_anything_but_modules_is_no_target(bad):
     of_trees = [partial(use, state=EMPTY) for use in (apply, reset, restore)]
     for use in (*WALKS.values(), *of_trees):
@@ -2403,13 +2403,13 @@ def test_10000_states_and_500_nested_modules_take_less_than_two_seconds(use):
 def test_shared_states_that_differ_are_refused_in_linear_time():
     def seconds(number):
         model = [keeper(ZEROS) for _ in range(number)]
-        start = time.perf_counter()
+        start = time.process_time()
         with raises(ValueError, "shared states ended up different"):
             vmap_call_all(model, snapshot(model), "update", ROWS, in_axes=0)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(10)
-    assert seconds(2000) < 3 * seconds(1000)
+    assert seconds(1200) < 8 * seconds(300)  # a square would take 16 times as long
 
 @slow
 def test_the_examples_of_all_docstrings_hold():
@@ -2476,7 +2476,7 @@ def in_turns(ours, bare):
     return [np.median(spent[1:]) for spent in seconds]  # the first round compiles
 
 def often(fn, *args):
-    return lambda: [fn(*args) for _ in range(100)]
+    return lambda: [fn(*args) for _ in range(100)][-1]
 
 def lowered(fn, *args):  # as a new function each time, since JAX remembers the last
     return lambda: jax.jit(lambda *args: fn(*args)).lower(*args) and None
@@ -2580,15 +2580,14 @@ def costs_of_eager_calls():
 def test_bench_prints_costs_as_ratios_to_their_limits(capsys):
     line = "{:<34}{:>12}{:>12}{:>8}".format
     lines = [line("", "cost", "limit", "ratio")]
-    gc.collect()
-    gc.freeze()  # or collections of what was made before would fall to one side or the other
     rows = itertools.chain(costs_of_steps(), costs_of_eager_calls())
+    gc.disable()  # as timeit does
     for name, ours, bare, limit, *parts in rows:
         ours, bare = in_turns(ours, bare)
         cost = (ours - bare) / parts[0] * 1e6 if parts else ours / bare
         shown = f"{cost:.2f}{' us' * len(parts)}"
         lines.append(line(name, shown, limit, f"{cost / limit:.2f}"))
-    gc.unfreeze()
+    gc.enable()
     with capsys.disabled():
         print(f"\njax {jax.__version__} on {jax.devices()[0].device_kind}")
         print(*lines, sep="\n")
