@@ -778,7 +778,7 @@ def test_what_is_no_array_cannot_enter_a_tree(value):
 
 def test_python_numbers_become_strongly_typed():
     tree = tree_of(a=0.0, b=1, c=True, d={"e": 1j})
-    output_and_tree = apply(keeper(), tree_of(h=1), 0.0)
+    output_and_tree = apply(keeper(), tree_of(h=1), given=0.0)
     leaves = jax.tree.leaves([tree, output_and_tree])
     assert [leaf.dtype.kind for leaf in leaves] == [*"fibcf"]
     assert not any(leaf.weak_type for leaf in leaves)
@@ -1641,7 +1641,8 @@ def test_a_shared_statistic_is_updated_from_all_members_of_all_levels():
     )
     assert same(step(snapshot(Mean()), ROWS, axis="m")[1], expected)
     agents = vmap(partial(step, axis=("m", "outer")), axis_name="outer")
-    _, tree = agents(snapshot(Mean()), np.stack([ROWS * 0, ROWS * 2]))
+    both = np.stack([ROWS * 0, ROWS * 2])
+    _, tree = agents(snapshot(Mean()), both)
     assert same(tree, expected)
 
 WAYS_OUT = (
@@ -1700,7 +1701,7 @@ def test_a_vmapped_init_that_maps_nothing_is_warned_of(use):
 
 # ---- What is refused
 def weights(value, count=1):
-    return tree_of(weight=mapped(ParamState(value), count))
+    return tree_of(weight=mapped(LongTermState(value), count))
 
 @each("size", 0, -1, True, 3.0)
 def test_a_size_is_a_positive_integer(size):
@@ -1713,7 +1714,7 @@ GROWING = module_with(
 )
 MEMORY = mapped(HiddenState({"v": ROWS, "buffer": CUBE}))
 LEVELS = "'h' (HiddenState)", "vmap(functools.partial(vmap_reset, module))"
-LOST = "'weight' (ParamState)", "vmap", "stack"
+LOST = "'weight' (LongTermState)", "vmap", "stack"
 GROWN = "'h' (HiddenState)", "in_axes", "keyword"
 DISAGREE = "'h'", "StateTree({'actor': a, 'critic': c})"
 REFUSED = {  # a call with an ensemble of three; words of its ValueError (no min runs)
